@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a fresh machine with Python (>= 3.11) and make: they create .venv where it is missing.
+#   PYTHON=python3.12    the interpreter that .venv is made from
+#   TORCH_INDEX=URL      where torch comes from; https://download.pytorch.org/whl/cpu saves gigabytes on Linux without a GPU
+#   ARGS="--seed 7"      further options for `pipo demo`
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := .venv/bin
+CORE := .venv/.installed-core
+DEV := .venv/.installed-dev
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test lint types clean
+
+demo: $(CORE)
+	$(BIN)/pipo demo $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is not Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# torch goes first and alone, so that its index serves nothing else.
+$(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into .venv (torch first: the first time, this takes some minutes)"
+	$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,6 @@
+"""`python -m pipo` is `pipo`."""
+
+from pipo.cli.main import main
+
+if __name__ == "__main__":
+    main()

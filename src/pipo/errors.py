@@ -1,0 +1,41 @@
+"""Every error that PIPO raises on purpose, as one tree.
+
+    PipoError
+    ├── PairingError            slots, labels or settings that break the rules of pairs
+    ├── ConfigError             a setting has a value that it can't have
+    ├── CheckpointError         a checkpoint can't be read, or its keys, shapes or values are wrong
+    ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
+    └── RequestError            a generation request that can't be served as asked
+
+Every class below `PipoError` is also a `ValueError`: it reports what the caller passed, and the message says what was
+wrong, the value, and what to do. The command line prints such a message and exits with 2. A failed `assert` is
+never the caller's fault.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "PairingError", "PipoError", "RequestError", "UnsupportedModelError"]
+
+
+class PipoError(Exception):
+    """Root of the tree: catch this to catch whatever PIPO raises on purpose."""
+
+
+class PairingError(PipoError, ValueError):
+    """Slots, labels or settings break the rules of pairs; the message says which rule and where."""
+
+
+class ConfigError(PipoError, ValueError):
+    """A setting has a value that it can't have; the message names the setting and the value."""
+
+
+class CheckpointError(PipoError, ValueError):
+    """A checkpoint is missing, unreadable, incomplete or not what was asked for; the message names file and keys."""
+
+
+class UnsupportedModelError(PipoError, ValueError):
+    """A model family, or a feature on this family, is not supported; the message names it and the reason."""
+
+
+class RequestError(PipoError, ValueError):
+    """A generation request can't be served: its prompt, its parameters or its length."""
