@@ -1,0 +1,105 @@
+"""The authors' LoRA adapter folders: `adapter_config.json`, `adapter_model.safetensors`, `additional_config.json`.
+
+An adapter is merged on load: `W += scale · B A`, and modules stored whole replace their starting weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipo.errors import CheckpointError, UnsupportedModelError
+from pipo.model.files import WeightFiles, key_error, read_json
+from pipo.model.layout import module_name
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LORA = re.compile(r"(?P<module>.*)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# An adapter without these would leave them at their start: never taken for trained.
+ALWAYS_WHOLE = ("compressor.", "confidence_head.")
+
+
+@dataclass
+class Adapter:
+    """A read adapter. `deltas`: module name → `(A [r, in], B [out, r], scale)`. `whole`: parameter name → tensor."""
+
+    folder: Path
+    base: str
+    compressor_type: str
+    deltas: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
+    """Read an adapter folder; `base` overrides the base model it names.
+
+    Raises:
+        CheckpointError: unreadable, one half of a LoRA pair missing, no base named.
+        UnsupportedModelError: a kind of adapter that is not plain LoRA.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise UnsupportedModelError(f"{folder} is not a plain LoRA adapter (peft_type, use_dora or bias say otherwise)")
+    additional = folder / "additional_config.json"
+    compressor_type = read_json(additional).get("compressor_type", "linear") if additional.exists() else "linear"
+    name = str(base) if base is not None else config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; pass base=")
+    adapter = Adapter(folder, name, compressor_type)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in WeightFiles(folder, ADAPTER_WEIGHTS).read():
+        name = module_name(key.removeprefix("base_model.model.").replace(".modules_to_save.default", ""))
+        match = LORA.fullmatch(name)
+        if match is None:
+            adapter.whole[name] = tensor
+        else:
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if halves := [f"{module}.lora_{'B' if 'A' in pair else 'A'}" for module, pair in sides.items() if len(pair) < 2]:
+        raise key_error(folder, missing=halves)
+    for module, pair in sides.items():
+        adapter.deltas[module] = (pair["A"], pair["B"], _scale(config, module, rank=pair["A"].shape[0]))
+    return adapter
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", module):
+            alpha = value
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Merge an adapter into a freshly converted model, in place; products in float32.
+
+    Raises:
+        CheckpointError: names every tensor that has no place, does not fit, or is missing.
+    """
+    parameters = dict(model.named_parameters())
+    unexpected = [n for n in adapter.whole if n not in parameters]
+    unexpected += [f"{m}.lora_A" for m in adapter.deltas if f"{m}.weight" not in parameters]
+    missing = [n for n in parameters if n.startswith(ALWAYS_WHOLE) and n not in adapter.whole]
+    misshapen = [n for n, t in adapter.whole.items() if n in parameters and parameters[n].shape != t.shape]
+    for module, (a, b, _) in adapter.deltas.items():
+        target = parameters.get(f"{module}.weight")
+        if target is not None and target.shape != (b.shape[0], a.shape[1]):
+            misshapen.append(module)
+    if unexpected or missing or misshapen:
+        raise key_error(adapter.folder, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    with torch.no_grad():
+        for name, tensor in adapter.whole.items():
+            parameters[name].copy_(tensor)
+        for module, (a, b, scale) in adapter.deltas.items():
+            weight = parameters[f"{module}.weight"]
+            weight.copy_((weight.float() + scale * (b.float() @ a.float())).to(weight.dtype))

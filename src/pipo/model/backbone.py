@@ -1,0 +1,215 @@
+"""The backbone: any Hugging Face decoder, unmodified, and what PIPO needs to know about it.
+
+A decoder is run on embeddings or latents through `inputs_embeds`. The MTP block is one more layer of the decoder's own
+class, and is called exactly as the decoder called its *template layer* (the last full-attention layer) for the same
+pairs: same rotary embeddings, same mask. So nothing here depends on how a family computes those.
+
+Shape legend: B batch, L pairs (or tokens, for a regular model), H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from pipo.errors import UnsupportedModelError
+
+LayerCall = dict[str, Any]
+"""The keyword arguments with which a decoder called its template layer."""
+
+NO_ATTENTION = "it has no attention layer whose cache an MTP block could share positions with"
+REFUSED = {
+    "gemma3n": "its layers read per-layer embeddings of token ids, which latents do not have",
+    "gemma3n_text": "its layers read per-layer embeddings of token ids, which latents do not have",
+    "gemma4": "its layers read per-layer embeddings of token ids, which latents do not have",
+    "gemma4_text": "its layers read per-layer embeddings of token ids, which latents do not have",
+    "mamba": NO_ATTENTION,
+    "mamba2": NO_ATTENTION,
+    "falcon_mamba": NO_ATTENTION,
+    "rwkv": NO_ATTENTION,
+    "xlstm": NO_ATTENTION,
+    "recurrent_gemma": NO_ATTENTION,
+    "bert": "it is an encoder",
+    "t5": "it is an encoder-decoder",
+    "gpt2": "its positions are added inside the decoder to every input, and its layers are not built from a config and an index",
+    "opt": "its positions are added inside the decoder to every input",
+}
+"""Families that can't be supported, with the reason. Others are checked when they are built."""
+
+_calls: ContextVar[list[LayerCall] | None] = ContextVar("template_layer_calls", default=None)
+
+
+def _record_call(module: nn.Module, args: tuple[Any, ...], kwargs: LayerCall) -> None:
+    calls = _calls.get()
+    if calls is not None:
+        calls.append(kwargs)
+
+
+@contextmanager
+def _recording() -> Iterator[list[LayerCall]]:
+    calls: list[LayerCall] = []
+    token = _calls.set(calls)
+    try:
+        yield calls
+    finally:
+        _calls.reset(token)
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` for a family that PIPO is known not to fit."""
+    reason = REFUSED.get(config.model_type)
+    if reason is not None:
+        raise UnsupportedModelError(f"PIPO does not support the family {config.model_type!r}: {reason}")
+
+
+def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype | None, attention: str | None = None) -> nn.Module:
+    """A freshly initialised regular model of `config`'s family (its `…ForCausalLM`).
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model for this config, or PIPO refuses the family.
+    """
+    refuse_unsupported(config)
+    kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **kwargs)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for the family {config.model_type!r}: {error}"
+        ) from error
+    return model
+
+
+class Backbone:
+    """A view of a decoder and its head: not a module, it owns no weights.
+
+    Raises:
+        UnsupportedModelError: the decoder is not a stack of layers that PIPO can run and copy the kind of.
+    """
+
+    def __init__(self, decoder: Any, lm_head: Any, config: PreTrainedConfig) -> None:
+        refuse_unsupported(config)
+        for part in ("layers", "norm"):
+            if not hasattr(decoder, part):
+                raise UnsupportedModelError(
+                    f"PIPO does not support the family {config.model_type!r}: its decoder has no `{part}`"
+                )
+        self.decoder = decoder
+        self.lm_head = lm_head
+        self.config = config
+        self.hidden_size = int(config.hidden_size)
+        self.num_layers = len(decoder.layers)
+        self.template_index = _template_index(config, self.num_layers)
+        self.template_layer: nn.Module = decoder.layers[self.template_index]
+        self.template_layer.register_forward_pre_hook(_record_call, with_kwargs=True)
+
+    # --- parts of the backbone's own kind
+
+    def new_norm(self, size: int) -> nn.Module:
+        """A norm over `size` features of the backbone's own class and epsilon."""
+        norm = self.decoder.norm
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        try:
+            made: nn.Module = type(norm)(size) if eps is None else type(norm)(size, eps=eps)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"PIPO does not support the family {self.config.model_type!r}: its {type(norm).__name__} can't be built for another width"
+            ) from error
+        return made
+
+    def new_layer(self, cache_index: int) -> nn.Module:
+        """A fresh layer of the template layer's class, which keeps its keys and values at `cache_index` of a cache."""
+        try:
+            layer: nn.Module = type(self.template_layer)(self.config, self.template_index)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"PIPO does not support the family {self.config.model_type!r}: its {type(self.template_layer).__name__} "
+                "is not built from a config and a layer index"
+            ) from error
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = cache_index  # type: ignore[assignment]
+        return layer
+
+    # --- running it
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings `[..., H]` of token ids `[...]`, as the family scales them."""
+        return self.decoder.get_input_embeddings()(ids)  # type: ignore[no-any-return]
+
+    def run(
+        self,
+        inputs_BLH: Tensor,
+        position_ids_BL: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, LayerCall]:
+        """The decoder's output after its final norm, `[B, L, H]`, and how it called its template layer."""
+        with _recording() as calls:
+            out = self.decoder(
+                inputs_embeds=inputs_BLH,
+                position_ids=position_ids_BL,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return out.last_hidden_state, calls[-1]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., H]`: the output map, with the family's logit scale or soft cap."""
+        return self.scale_logits(self.lm_head(hidden))
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """The family's logit scale and soft cap, applied to what the head matrix gives."""
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # granite
+            logits = logits / divisor
+        if (factor := getattr(self.config, "logit_scale", None)) is not None:  # cohere
+            logits = logits * factor
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def check_output_map(self, causal_lm: Any) -> None:
+        """Compare :meth:`head` with the family's own forward on one token.
+
+        Raises:
+            UnsupportedModelError: the family maps hidden states to logits in a way that PIPO does not know.
+        """
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.lm_head.weight.device)
+        with torch.no_grad():
+            expected = causal_lm(input_ids=ids, use_cache=False).logits.float()
+            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            got = self.head(hidden).float()
+        if not torch.allclose(got, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max().clamp_min(1e-6))):
+            raise UnsupportedModelError(
+                f"PIPO does not support the family {self.config.model_type!r}: its output map is more than a head with a "
+                f"logit scale or soft cap (largest difference {float((got - expected).abs().max()):.3g})"
+            )
+
+
+def _template_index(config: PreTrainedConfig, num_layers: int) -> int:
+    """The last full-attention layer; in a family whose every attention layer is sliding, the last of those."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return num_layers - 1
+    for wanted in ("full_attention", "sliding_attention"):
+        for index in reversed(range(num_layers)):
+            if kinds[index] == wanted:
+                return index
+    raise UnsupportedModelError(
+        f"PIPO does not support {config.model_type!r} with layers {sorted(set(kinds))}: {NO_ATTENTION}"
+    )
+
+
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the text part of a config, free to be changed."""
+    return copy.deepcopy(config.get_text_config(decoder=True))

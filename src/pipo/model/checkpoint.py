@@ -1,0 +1,236 @@
+"""PIPO checkpoints: strict loading of our layout, the authors' and LoRA adapters; saving; export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
+
+from pipo.errors import CheckpointError, ConfigError, UnsupportedModelError
+from pipo.model.adapter import apply_adapter, is_adapter, read_adapter
+from pipo.model.backbone import build_causal_lm
+from pipo.model.config import PipoConfig
+from pipo.model.convert import as_dtype, pipo_from_base, split_hub_options
+from pipo.model.files import WeightFiles, find_checkpoint, read_json, write_text, write_weights
+from pipo.model.layout import is_vision, load_strictly
+from pipo.model.modeling import PipoForCausalLM
+
+REFERENCE_ARCHITECTURES = {"qwen3_5_text": "Qwen3_5ForCausalPIPO", "qwen3_5_moe_text": "Qwen3_5MoeForCausalPIPO"}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+IGNORED_OPTIONS = {
+    "_from_auto",
+    "_commit_hash",
+    "adapter_kwargs",
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "weights_only",
+}
+
+
+def load_config(folder: Path) -> PipoConfig:
+    """The config of a PIPO checkpoint in our layout or the authors' (flat, or nested under `text_config`).
+
+    Raises:
+        CheckpointError: not a PIPO checkpoint; the message says what to do with a regular one.
+    """
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == "pipo":
+        return cast(PipoConfig, PipoConfig.from_dict(raw))
+    if not any(name.endswith("PIPO") for name in raw.get("architectures") or []):
+        raise CheckpointError(
+            f"{folder} is a regular {raw.get('model_type')} checkpoint, not a PIPO one; make one of it with "
+            "PipoForCausalLM.from_base or `pipo init`"
+        )
+    text = raw.get("text_config", raw)
+    compressor_type = raw.get("compressor_type", text.get("compressor_type", "linear"))
+    model_type = text.get("model_type") or raw["model_type"]
+    model_type = model_type if model_type.endswith("_text") else f"{model_type}_text"
+    kept = {
+        k: v
+        for k, v in text.items()
+        if k not in ("compressor_type", "architectures", "model_type", "mtp_num_hidden_layers")
+    }
+    if "tie_word_embeddings" in raw:
+        kept["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    if text.get("mtp_num_hidden_layers", 1) != 1:
+        raise CheckpointError(f"{folder} has {text['mtp_num_hidden_layers']} MTP layers; PIPO has one")
+    config = AutoConfig.for_model(model_type, **kept)
+    if config.dtype is None and raw.get("dtype"):
+        config.dtype = raw["dtype"]
+    return PipoConfig(config, compressor_type=compressor_type)
+
+
+def load_pipo(
+    path_or_id: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    subfolder: str | None = None,
+    attn_implementation: str | None = None,
+    base: str | Path | None = None,
+    config: PipoConfig | None = None,
+    **kwargs: Any,
+) -> PipoForCausalLM:
+    """Load a PIPO checkpoint, a folder or a hub id, into a model in eval mode.
+
+    Args:
+        dtype: of the weights, by default the checkpoint's (`torch_dtype` is its older name).
+        subfolder: of the folder or repository. base: for an adapter folder, the base model to put it on, by default the one it names.
+        config: as `AutoModelForCausalLM` passes it; the checkpoint's own is read where absent.
+
+    Raises:
+        CheckpointError: names every missing, unexpected or misshapen tensor, and every unreadable file.
+    """
+    options = split_hub_options(kwargs)
+    if kwargs.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code: PIPO checkpoints hold no code, and none is ever run")
+    unknown = sorted(key for key in kwargs if key not in IGNORED_OPTIONS and kwargs[key] is not None)
+    if unknown:
+        raise ConfigError(f"from_pretrained does not know {', '.join(unknown)}")
+    wanted = as_dtype(dtype if dtype is not None else torch_dtype)
+    folder = find_checkpoint(path_or_id, subfolder, **options)
+    if is_adapter(folder):
+        adapter = read_adapter(folder, base)
+        model = pipo_from_base(
+            adapter.base, adapter.compressor_type, dtype=wanted, attn_implementation=attn_implementation
+        )
+        apply_adapter(model, adapter)
+        return model
+    if base is not None:
+        raise ConfigError(f"{folder} is a whole checkpoint, not an adapter: base={base} has no meaning for it")
+    return _load_whole(folder, config or load_config(folder), wanted, attn_implementation)
+
+
+def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, attention: str | None) -> PipoForCausalLM:
+    files = WeightFiles(folder)
+    dtype = dtype or config.text_config.dtype or config.dtype or _stored_dtype(files)
+    with no_init_weights():
+        causal_lm = build_causal_lm(config.text_config, as_dtype(dtype), attention)
+        model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
+    tied = bool(config.tie_word_embeddings)
+    has_vision = "vision_config" in read_json(folder / "config.json")
+    keys = [key for key in files if not (has_vision and is_vision(key))]
+    load_strictly(model, files, keys, optional=frozenset({HEAD} if tied else ()))
+    if tied:
+        _check_tied_head(folder, files)
+        model.tie_weights()
+    model.eval()
+    return model
+
+
+def _stored_dtype(files: WeightFiles) -> torch.dtype:
+    first = next(iter(files))
+    return next(iter(files.read([first])))[1].dtype
+
+
+def _check_tied_head(folder: Path, files: WeightFiles) -> None:
+    embedding = next((k for k in files if k.endswith("embed_tokens.weight")), None)
+    if HEAD not in files or embedding is None:
+        return
+    tensors = dict(files.read([HEAD, embedding]))
+    if not torch.equal(tensors[HEAD], tensors[embedding]):
+        raise CheckpointError(f"{folder} says its head is tied to the embedding, but stores another {HEAD}")
+
+
+def _tensors_to_save(model: PipoForCausalLM, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    tensors = dict(state_dict if state_dict is not None else model.state_dict())
+    if model.config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    return tensors
+
+
+def save_pipo(
+    model: PipoForCausalLM,
+    folder: Path,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "5GB",
+    is_main_process: bool = True,
+    safe_serialization: bool = True,
+    **ignored: Any,
+) -> None:
+    """Write our layout: `config.json`, safetensors (sharded above `max_shard_size`), and a model card if there is none.
+
+    Raises:
+        ConfigError: `safe_serialization=False`; pickles are neither written nor read.
+    """
+    if not safe_serialization:
+        raise ConfigError("safe_serialization=False: PIPO writes safetensors only")
+    if not is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = ["PipoForCausalLM"]
+    model.config.dtype = model.dtype
+    write_weights(folder, _tensors_to_save(model, state_dict), max_shard_size)
+    model.config.save_pretrained(folder)
+    if not (folder / "README.md").exists():
+        write_text(folder / "README.md", model_card(model))
+
+
+def export_reference(
+    model: PipoForCausalLM, folder: Path, *, nested: bool = False, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write the authors' layout: `architectures: ["Qwen3_5ForCausalPIPO"]`, flat or nested under `text_config`.
+
+    Raises:
+        UnsupportedModelError: a family for which the authors have no layout.
+    """
+    text = model.config.text_config
+    architecture = REFERENCE_ARCHITECTURES.get(text.model_type)
+    if architecture is None:
+        raise UnsupportedModelError(
+            f"the authors' layout exists for {', '.join(REFERENCE_ARCHITECTURES)} only, not for {text.model_type!r}"
+        )
+    flat = {
+        **text.to_dict(),
+        "architectures": [architecture],
+        "compressor_type": model.config.compressor_type,
+        "mtp_num_hidden_layers": 1,
+        "pad_token_id": model.config.pad_token_id,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    tensors = _tensors_to_save(model, None)
+    config = flat
+    if nested:
+        config = {
+            "architectures": [architecture],
+            "model_type": text.model_type.removesuffix("_text"),
+            "tie_word_embeddings": flat["tie_word_embeddings"],
+            "dtype": flat["dtype"],
+            "text_config": flat,
+        }
+        tensors = {
+            "model.language_model." + k.removeprefix("model.") if k.startswith("model.") else k: v
+            for k, v in tensors.items()
+        }
+    write_weights(folder, tensors, max_shard_size)
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def model_card(model: PipoForCausalLM) -> str:
+    """A model card that says what the checkpoint is and how to run it."""
+    text = model.config.text_config
+    num_parameters = sum(p.numel() for p in model.parameters())
+    return f"""---
+library_name: pipo
+tags: [pipo, multi-token-prediction]
+---
+
+A PIPO (Pair-In, Pair-Out) model: it reads two tokens per step and writes up to two.
+
+- backbone: `{text.model_type}`, {text.num_hidden_layers} layers, width {text.hidden_size}
+- compressor: `{model.config.compressor_type}`
+- parameters: {num_parameters:,}
+
+```python
+from pipo import LLM, SamplingParams
+
+print(LLM("this/folder").generate("Hello", SamplingParams(max_tokens=64))[0].text)
+```
+
+Method: arXiv 2605.27255.
+"""

@@ -1,0 +1,222 @@
+"""`PipoForCausalLM`: a Hugging Face decoder that reads pairs and writes pairs.
+
+The forward, in the order of section 3.1 of the paper: embed → compress → backbone → head 1; embed token 1 → MTP block →
+head 2; both hidden states → confidence head.
+
+Shape legend: B batch, T slots (even), L = T/2 pairs, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from pipo.errors import PairingError
+from pipo.losses.confidence import confidence_loss
+from pipo.losses.token import cross_entropy
+from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
+from pipo.model.compressor import Compressor
+from pipo.model.confidence import ConfidenceHead
+from pipo.model.config import PipoConfig
+from pipo.model.generation import PipoGenerationMixin
+from pipo.model.mtp import MtpBlock
+from pipo.pairing import MTP_INPUTS, TOKEN1_LABELS, TOKEN2_LABELS, pair_mask
+
+
+@dataclass
+class PipoOutput(ModelOutput):
+    """What a forward gives. Losses are float32 scalars, each a mean over its own supervised positions.
+
+    `backbone_hidden [B, L, H]`: `h_i`, after the final norm. `mtp_hidden [B, L-1, H]`: `d_i` for steps that have a next pair.
+    `confidence_logits [B, L-1]`: float32, before the sigmoid. `logits [B, L, V]`, `mtp_logits [B, L-1, V]`: on request.
+    """
+
+    loss: Tensor | None = None
+    backbone_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    confidence_loss: Tensor | None = None
+    backbone_hidden: Tensor | None = None
+    mtp_hidden: Tensor | None = None
+    confidence_logits: Tensor | None = None
+    logits: Tensor | None = None
+    mtp_logits: Tensor | None = None
+
+
+class PipoForCausalLM(PipoGenerationMixin, PreTrainedModel):
+    """A PIPO model around any supported decoder. Weights: `model.*`, `lm_head`, `compressor`, `mtp`, `confidence_head`."""
+
+    config_class = PipoConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers reads it)
+
+    def __init__(self, config: PipoConfig, *, causal_lm: Any = None, initialise: bool = True) -> None:
+        """Build the model of `config`.
+
+        Args:
+            causal_lm: a regular model of `config.text_config`'s family whose decoder and head to take over, without a copy;
+                by default a freshly initialised one.
+            initialise: write the starting weights of the new parts (the compressor's identities, the MTP block as a
+                copy of the backbone's last full-attention layer). Off where a checkpoint fills them.
+        """
+        causal_lm = causal_lm or build_causal_lm(config.text_config, dtype=None, attention=config._attn_implementation)
+        # One config object for decoder and PIPO model: whoever sets the attention implementation sets it for both.
+        config.text_config = causal_lm.config
+        attention = causal_lm.config._attn_implementation
+        super().__init__(config)
+        config._attn_implementation = attention
+        self.model = causal_lm.get_decoder()
+        self.lm_head = causal_lm.get_output_embeddings()
+        self.backbone = Backbone(self.model, self.lm_head, config.text_config)
+        h = config.hidden_size
+        self.compressor = Compressor(h, config.compressor_type)
+        self.mtp = MtpBlock(self.backbone)
+        self.confidence_head = ConfidenceHead(h, self.backbone.new_norm(2 * h))
+        weight: Tensor = self.lm_head.weight
+        for part in (self.compressor, self.mtp, self.confidence_head):
+            part.to(device=weight.device, dtype=weight.dtype)
+        if initialise:
+            self.initialise_parts()
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing is left to initialise once the constructor has run; only the tied head is tied again."""
+        self.tie_weights()
+
+    def initialise_parts(self) -> None:
+        """Write the starting weights of compressor, MTP block and confidence head (spec of section 3.1)."""
+        self.compressor.reset_parameters()
+        self.mtp.copy_from(self.backbone)
+        std = float(getattr(self.config.text_config, "initializer_range", 0.02))
+        nn.init.normal_(self.confidence_head.fc1.weight, std=std)
+        nn.init.normal_(self.confidence_head.fc2.weight, std=std)
+
+    # --- the pieces, each used by the forward, the engine and the reference alike
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of token ids, shared by compressor and MTP block."""
+        return cast(nn.Module, self.model.get_input_embeddings())
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, shared by backbone and MTP block."""
+        return cast(nn.Module, self.lm_head)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """`[...] → [..., H]`: embeddings of token ids."""
+        return self.backbone.embed(ids)
+
+    def compress(self, slots_BT: Tensor) -> Tensor:
+        """`[B, T] → [B, L, H]`: latents of pairs of slot ids (eq. 1)."""
+        return cast(Tensor, self.compressor(self.embed(slots_BT)))
+
+    def run_backbone(
+        self,
+        latents_BLH: Tensor,
+        position_ids_BL: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, LayerCall]:
+        """`h [B, L, H]` after the final norm (eq. 2), and how the template layer was called, for :meth:`run_mtp`."""
+        return self.backbone.run(latents_BLH, position_ids_BL, attention_mask, cache)
+
+    def run_mtp(self, token1_BL: Tensor, hidden_BLH: Tensor, call: LayerCall, cache: Cache | None = None) -> Tensor:
+        """`d [B, L, H]` from the token 1 that follows each pair and the backbone's `h` (eq. 3)."""
+        return cast(Tensor, self.mtp(self.embed(token1_BL), hidden_BLH, call, cache))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
+        return self.backbone.head(hidden)
+
+    def confidence(self, hidden_BLH: Tensor, mtp_hidden_BLH: Tensor) -> Tensor:
+        """Confidence of each draft in [0, 1], float32 `[B, L]` (eq. 4)."""
+        return torch.sigmoid(self.confidence_head(hidden_BLH, mtp_hidden_BLH))
+
+    # --- training
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_logits: bool = False,
+    ) -> PipoOutput:
+        """One teacher-forced pass over slots.
+
+        Args:
+            input_ids: `[B, T]` slot ids, `T` even, PAD in empty second slots.
+            attention_mask: `[B, T]`, 0 for batch padding on either side; a pair is real when either slot is.
+            labels: `[B, T]`, the id at each slot or −100; the step that predicts a slot is found by `pipo.pairing`.
+            return_logits: also return both heads' logits, `[B, L, V]` and `[B, L-1, V]`. Large.
+
+        Raises:
+            PairingError: `T` is odd.
+        """
+        if input_ids.shape[-1] % 2:
+            raise PairingError(
+                f"slots come in pairs, got {input_ids.shape[-1]} of them: pad the sequence to an even length"
+            )
+        mask_BL, position_ids_BL = None, None
+        if attention_mask is not None:
+            mask_BL = pair_mask(attention_mask.bool())
+            position_ids_BL = (mask_BL.long().cumsum(-1) - 1).clamp_min(0)
+            mask_BL = mask_BL.to(attention_mask.dtype)
+        hidden_BLH, call = self.run_backbone(self.compress(input_ids), position_ids_BL, mask_BL)
+        # The last step has no next pair: it is fed its own token so that the call's shapes fit, and dropped.
+        token1_BL = torch.cat([input_ids[:, MTP_INPUTS], input_ids[:, -1:]], dim=1)
+        mtp_hidden = self.run_mtp(token1_BL, hidden_BLH, call)[:, :-1]
+        # Section 3.1: the confidence loss must not move what it judges.
+        confidence_logits = self.confidence_head(hidden_BLH[:, :-1].detach(), mtp_hidden.detach())
+        output = PipoOutput(backbone_hidden=hidden_BLH, mtp_hidden=mtp_hidden, confidence_logits=confidence_logits)
+        if return_logits:
+            output.logits, output.mtp_logits = self.head(hidden_BLH), self.head(mtp_hidden)
+        if labels is None:
+            return output
+        token1 = cross_entropy(hidden_BLH[:, :-1], self.head, labels[:, TOKEN1_LABELS])
+        token2 = cross_entropy(mtp_hidden, self.head, labels[:, TOKEN2_LABELS])
+        output.backbone_loss, output.mtp_loss = token1.mean, token2.mean
+        output.confidence_loss = confidence_loss(confidence_logits[token2.supervised], token2.label_probability)
+        output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss
+        return output
+
+    # --- checkpoints
+
+    @classmethod
+    def from_base(cls, path_or_id: str | Path, compressor: str = "mlp", **kwargs: Any) -> PipoForCausalLM:
+        """Start a PIPO model from a regular checkpoint. See :func:`pipo.model.convert.pipo_from_base`."""
+        from pipo.model.convert import pipo_from_base
+
+        return pipo_from_base(path_or_id, compressor=compressor, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path, *args: Any, **kwargs: Any) -> PipoForCausalLM:
+        """Load a PIPO checkpoint strictly. See :func:`pipo.model.checkpoint.load_pipo`."""
+        from pipo.model.checkpoint import load_pipo
+
+        return load_pipo(path_or_id, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write config, safetensors and a model card. See :func:`pipo.model.checkpoint.save_pipo`."""
+        from pipo.model.checkpoint import save_pipo
+
+        save_pipo(self, Path(save_directory), **kwargs)
+
+    def export_reference(self, directory: str | Path, **kwargs: Any) -> None:
+        """Write the authors' checkpoint layout. See :func:`pipo.model.checkpoint.export_reference`."""
+        from pipo.model.checkpoint import export_reference
+
+        export_reference(self, Path(directory), **kwargs)
