@@ -1,0 +1,248 @@
+"""What sampling needs to know about a batch: every row's parameters as tensors, and the tokens it has used.
+
+Shapes: B rows of the batch, P rows of it that use penalties, V vocabulary, N entries (a row and a token id each).
+
+Whatever decides which work is done (`any_penalty`, `max_top_k`, …) is known on the host when the batch is built, so
+that a step asks the device nothing. Rows join and leave by building anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipo.pairing import draws_drafts
+
+
+class SamplingSettings(Protocol):
+    """The fields of a request's parameters that sampling reads; `pipo.SamplingParams` has them."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def greedy(self) -> bool: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def min_tokens(self) -> int: ...
+    @property
+    def logprobs(self) -> int | None: ...
+    @property
+    def logit_bias(self) -> Mapping[int, float] | None: ...
+    @property
+    def threshold(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Single logits to change: entry n is row `rows_N[n]`, token `ids_N[n]`. No (row, token) occurs twice."""
+
+    rows_N: Tensor
+    ids_N: Tensor
+    values_N: Tensor
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Per-row tensors on the device and, beside them, host-side facts about which work the batch needs at all.
+
+    A greedy row has its temperature at 1 and its filters off, so that only the draw itself treats it specially.
+    """
+
+    device: torch.device
+    vocab_size: int
+    num_rows: int
+
+    temperature_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    presence_B: Tensor
+    frequency_B: Tensor
+    repetition_B: Tensor
+    threshold_B: Tensor
+    """τ of the gate."""
+    seed_B: Tensor
+    """int64, the low 64 bits of each seed."""
+    top_k_B: Tensor
+    """int64 in 1 … V; V is off."""
+    greedy_B: Tensor
+    """bool."""
+
+    penalised: tuple[int, ...]
+    """The P rows that use penalties."""
+    penalised_P: Tensor
+    sorted_rows: Tensor | None
+    """Rows with top-p but without top-k: only these sort the whole vocabulary."""
+    biases: Entries | None
+    min_stops: Entries | None
+    """Stop ids of the rows that use min-tokens; each value is the row's min-tokens."""
+
+    all_greedy: bool
+    any_greedy: bool
+    any_min_p: bool
+    any_top_p_with_top_k: bool
+    max_top_k: int
+    """Largest top-k in use, 0 where none is."""
+    max_logprobs: int | None
+    """Most alternatives that a row asks for; `None` where no row asks for log-probabilities."""
+    any_drafts: bool
+    """Whether any row's gate can commit a draft; where none can, MTP need not run."""
+
+    @property
+    def any_penalty(self) -> bool:
+        """Whether a row uses penalties."""
+        return bool(self.penalised)
+
+    @property
+    def needs_sort(self) -> bool:
+        """Whether a row makes a full sort of the vocabulary necessary."""
+        return self.sorted_rows is not None
+
+    @classmethod
+    def build(
+        cls,
+        params: Sequence[SamplingSettings],
+        seeds: Sequence[int],
+        vocab_size: int,
+        device: torch.device | str,
+        stop_ids: Sequence[Collection[int]] | None = None,
+    ) -> SamplingBatch:
+        """Lay out one row per request.
+
+        Args:
+            params: the parameters of each row.
+            seeds: the seed of each row, any integer.
+            vocab_size: V of the logits.
+            device: where the logits will be.
+            stop_ids: per row the ids that min-tokens suppresses: the request's, and the model's unless ignored.
+                Needed where a row uses min-tokens.
+        """
+        device = torch.device(device)
+        top_k = [p.top_k if 0 < p.top_k < vocab_size and not p.greedy else vocab_size for p in params]
+        top_p = [1.0 if p.greedy else p.top_p for p in params]
+        min_p = [0.0 if p.greedy else p.min_p for p in params]
+        penalised = tuple(i for i, p in enumerate(params) if _uses_penalties(p))
+        to_sort = [i for i, (p, k) in enumerate(zip(top_p, top_k, strict=True)) if p < 1 and k == vocab_size]
+        biases = [(i, token, bias) for i, p in enumerate(params) for token, bias in (p.logit_bias or {}).items()]
+        integers = [[signed64(seed) for seed in seeds], top_k, [int(p.greedy) for p in params]]
+        seed_B, top_k_B, greedy_B = to_device(torch.tensor(integers, dtype=torch.int64), device).unbind()
+        temperature = [1.0 if p.greedy else p.temperature for p in params]
+        return cls(
+            **_float_rows(params, [temperature, top_p, min_p], device),
+            device=device,
+            vocab_size=vocab_size,
+            num_rows=len(params),
+            seed_B=seed_B,
+            top_k_B=top_k_B,
+            greedy_B=greedy_B.bool(),
+            penalised=penalised,
+            penalised_P=_indices(penalised, device),
+            sorted_rows=_indices(to_sort, device) if to_sort else None,
+            biases=_entries(biases, torch.float32, device),
+            min_stops=_entries(_min_stops(params, stop_ids), torch.int64, device),
+            all_greedy=all(p.greedy for p in params),
+            any_greedy=any(p.greedy for p in params),
+            any_min_p=any(value > 0 for value in min_p),
+            any_top_p_with_top_k=any(p < 1 and k < vocab_size for p, k in zip(top_p, top_k, strict=True)),
+            max_top_k=max((k for k in top_k if k < vocab_size), default=0),
+            max_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            any_drafts=any(draws_drafts(p.threshold) for p in params),
+        )
+
+
+class TokenHistory:
+    """How often each token was generated and whether the prompt holds it, for the rows that use penalties.
+
+    The filler of an empty second slot never enters; a sampled PAD id does, like any token.
+    """
+
+    def __init__(self, batch: SamplingBatch, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]):
+        """Start from the token ids of every row of `batch`; rows without penalties are not looked at."""
+        self.rows_P = batch.penalised_P
+        shape = (len(batch.penalised), batch.vocab_size)
+        self.counts_PV = torch.zeros(shape, dtype=torch.int32, device=batch.device)
+        """Times each token was generated."""
+        self.in_prompt_PV = torch.zeros(shape, dtype=torch.bool, device=batch.device)
+        for p, row in enumerate(batch.penalised):
+            prompt = _indices(prompts[row], batch.device)
+            self.in_prompt_PV[p].index_fill_(0, prompt, True)
+            output = _indices(outputs[row], batch.device)
+            self.counts_PV[p].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def add(self, token_ids_B: Tensor, mask_B: Tensor | None = None, times: int = 1) -> None:
+        """Count one token per row where `mask_B` is True (everywhere without it).
+
+        `times=-1` takes it back: verification of a draft counts it only to see the next distribution.
+        """
+        token_ids_P1 = token_ids_B[self.rows_P].unsqueeze(1)
+        amount_P1 = torch.full_like(token_ids_P1, times, dtype=torch.int32)
+        if mask_B is not None:
+            amount_P1 *= mask_B[self.rows_P].unsqueeze(1)
+        self.counts_PV.scatter_add_(1, token_ids_P1, amount_P1)
+
+
+def signed64(number: int) -> int:
+    """The low 64 bits of an integer, read as a signed number."""
+    return ((number + 2**63) & (2**64 - 1)) - 2**63
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a new host tensor to `device` without waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _uses_penalties(params: SamplingSettings) -> bool:
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(values, dtype=torch.int64), device)
+
+
+def _float_rows(
+    params: Sequence[SamplingSettings], filters: list[list[float]], device: torch.device
+) -> dict[str, Tensor]:
+    rows = [
+        *filters,
+        [p.presence_penalty for p in params],
+        [p.frequency_penalty for p in params],
+        [p.repetition_penalty for p in params],
+        [p.threshold for p in params],
+    ]
+    names = ("temperature_B", "top_p_B", "min_p_B", "presence_B", "frequency_B", "repetition_B", "threshold_B")
+    tensors = to_device(torch.tensor(rows, dtype=torch.float32), device).unbind()
+    return dict(zip(names, tensors, strict=True))
+
+
+def _min_stops(
+    params: Sequence[SamplingSettings], stop_ids: Sequence[Collection[int]] | None
+) -> list[tuple[int, int, float]]:
+    if not any(p.min_tokens for p in params):
+        return []
+    assert stop_ids is not None, "min-tokens needs the stop ids of each row"
+    rows = enumerate(zip(params, stop_ids, strict=True))
+    return [(i, token, p.min_tokens) for i, (p, ids) in rows if p.min_tokens for token in sorted(set(ids))]
+
+
+def _entries(triples: Sequence[tuple[int, int, float]], dtype: torch.dtype, device: torch.device) -> Entries | None:
+    if not triples:
+        return None
+    rows, ids, values = zip(*triples, strict=True)
+    values_N = to_device(torch.tensor(values, dtype=dtype), device)
+    return Entries(_indices(rows, device), _indices(ids, device), values_N)
