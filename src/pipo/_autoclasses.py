@@ -3,9 +3,9 @@
 Registering needs `PipoConfig`, which needs transformers, which `import pipo` must not load. So the name alone is
 entered in transformers' table of config classes: at once where that table is loaded already, else right after it
 gets loaded (an import hook). The table finds the class of a name in the module `transformers.models.<name>`; there a
-stand-in answers, which loads `pipo.model` and calls its `register()` when somebody first opens a PIPO checkpoint.
+stand-in answers, which loads `pipo.model` when somebody first opens a PIPO checkpoint; and `pipo.model` registers itself.
 
-Registering from the hook itself would not do: transformers loads its tables halfway through its own modules, and
+Loading it from the hook itself would not do: transformers loads its tables halfway through its own modules, and
 `pipo.model` would meet those half-made.
 """
 
@@ -31,9 +31,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # introspection of modules must not load torch
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        model = importlib.import_module("pipo.model")
-        model.register()
-        return getattr(model, name)
+        return getattr(importlib.import_module("pipo.model"), name)
 
 
 class _TableHook(MetaPathFinder):

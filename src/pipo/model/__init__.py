@@ -1,17 +1,16 @@
-"""The model: config, compressor, backbone, MTP block, confidence head, checkpoints, the pair step."""
+"""The model: config, compressor, backbone, MTP block, confidence head, checkpoints, the pair step.
+
+Importing it registers `model_type: pipo` with transformers' auto classes; `import pipo` alone sees to it that they import this.
+"""
 
 from __future__ import annotations
 
+from transformers import AutoConfig, AutoModelForCausalLM
 
-def register() -> None:
-    """Make transformers' auto classes know `model_type: pipo`. Repeated calls do nothing more."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+from pipo.model.config import PipoConfig
+from pipo.model.modeling import PipoForCausalLM
 
-    AutoConfig.register("pipo", PipoConfig, exist_ok=True)
-    AutoModelForCausalLM.register(PipoConfig, PipoForCausalLM, exist_ok=True)
+__all__ = ["PipoConfig", "PipoForCausalLM"]
 
-
-from pipo.model.config import PipoConfig  # noqa: E402
-from pipo.model.modeling import PipoForCausalLM  # noqa: E402
-
-__all__ = ["PipoConfig", "PipoForCausalLM", "register"]
+AutoConfig.register(PipoConfig.model_type, PipoConfig, exist_ok=True)
+AutoModelForCausalLM.register(PipoConfig, PipoForCausalLM, exist_ok=True)
