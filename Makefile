@@ -12,7 +12,7 @@ CORE := .venv/.installed-core
 DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/pipo demo $(ARGS)
@@ -26,6 +26,9 @@ lint: $(DEV)
 
 types: $(DEV)
 	$(BIN)/mypy
+
+docs: $(DEV)
+	$(BIN)/python docs/generate_cli.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -111,15 +111,31 @@ def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, att
     with no_init_weights():
         causal_lm = build_causal_lm(config.text_config, as_dtype(dtype), attention)
         model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
-    tied = bool(config.tie_word_embeddings)
+    _fill(model, folder, files)
+    model.eval()
+    return model
+
+
+def _fill(model: PipoForCausalLM, folder: Path, files: WeightFiles) -> None:
+    tied = bool(model.config.tie_word_embeddings)
     has_vision = "vision_config" in read_json(folder / "config.json")
     keys = [key for key in files if not (has_vision and is_vision(key))]
     load_strictly(model, files, keys, optional=frozenset({HEAD} if tied else ()))
     if tied:
         _check_tied_head(folder, files)
         model.tie_weights()
-    model.eval()
-    return model
+
+
+def check_weights(folder: Path, config: PipoConfig, files: WeightFiles) -> None:
+    """Check a whole checkpoint's tensors as loading would, but hold no more than one of them in memory.
+
+    Raises:
+        CheckpointError: what :func:`load_pipo` would raise.
+    """
+    with no_init_weights(), torch.device("meta"):
+        causal_lm = build_causal_lm(config.text_config, None)
+        model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
+    _fill(model, folder, files)
 
 
 def _stored_dtype(files: WeightFiles) -> torch.dtype:

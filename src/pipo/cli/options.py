@@ -1,0 +1,152 @@
+"""The options that several commands share, each written once.
+
+A command takes a group of them with a decorator and receives the values as one dict: `@takes_sampling` fills the
+parameter `sampling`, `@takes_engine` fills `engine`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipo.engine.request import SamplingParams
+from pipo.errors import RequestError
+
+if TYPE_CHECKING:
+    from pipo.engine.llm import LLM
+
+Command = Callable[..., None]
+
+Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a Hugging Face id.")]
+
+
+class Method(StrEnum):
+    """How to decode. All but `pipo` run a base checkpoint."""
+
+    PIPO = "pipo"
+    REGULAR = "regular"
+    MTP = "mtp"
+    SPECULATIVE = "speculative"
+
+
+class Device(StrEnum):
+    """Where to run. `auto`: the GPU where torch finds one, else the CPU."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """Number format of weights and activations. `auto`: as the checkpoint says."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def _option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(*args, rich_help_panel=panel, **settings)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _sampling(name: str, kind: Any, help: str, *args: str, **settings: Any) -> inspect.Parameter:
+    default = SamplingParams.__dataclass_fields__[name].default
+    return _option(name, kind, default, "Sampling", *args, help=help, **settings)
+
+
+def _engine(name: str, kind: Any, default: Any, help: str, *args: str, **settings: Any) -> inspect.Parameter:
+    return _option(name, kind, default, "Engine", *args, help=help, **settings)
+
+
+SAMPLING_OPTIONS = (
+    _sampling("threshold", float, "Commit a draft when its confidence reaches this. 0: always; above 1: never."),
+    _sampling("max_tokens", int | None, "Most tokens to write.", show_default="until the context is full"),
+    _sampling("min_tokens", int, "No stop before this many tokens."),
+    _sampling("temperature", float, "0 is greedy."),
+    _sampling("top_p", float, "Keep the likeliest tokens that together have this probability."),
+    _sampling("top_k", int, "Keep this many of the likeliest tokens. 0: all."),
+    _sampling("min_p", float, "Keep tokens at least this likely, relative to the likeliest."),
+    _sampling("presence_penalty", float, "Taken off the logit of a token that was written before."),
+    _sampling("frequency_penalty", float, "Taken off the logit of a token for each time that it was written."),
+    _sampling("repetition_penalty", float, "Divides the logit of a token in prompt or text. 1: none."),
+    _sampling("seed", int | None, "The same seed gives the same text.", show_default="a fresh one"),
+    _sampling("stop", list[str], "Stop before this text. May be repeated.", metavar="TEXT"),
+    _sampling("stop_token_ids", list[int], "Stop at this token. May be repeated.", "--stop-token-id", metavar="ID"),
+    _sampling("ignore_eos", bool, "Go on after end-of-text tokens.", "--ignore-eos"),
+    _sampling("logit_bias", list[str], "Add B to the logit of token ID. May be repeated.", metavar="ID=B"),
+)
+
+ENGINE_OPTIONS = (
+    _engine("method", Method, Method.PIPO, "How to decode. All but pipo run a base checkpoint, not a PIPO one."),
+    _engine("device", Device, Device.AUTO, "Where to run. auto: the GPU where torch finds one, else the CPU."),
+    _engine("dtype", Dtype, Dtype.AUTO, "Number format. auto: as the checkpoint says."),
+    _engine("max_num_seqs", int | None, None, "Most requests in one step.", show_default="the engine's"),
+    _engine("max_model_len", int | None, None, "Most pairs of a sequence.", show_default="the model's"),
+)
+
+
+def _takes(command: Command, group: str, options: Sequence[inspect.Parameter]) -> Command:
+    """`command` with `options` in place of its parameter `group`, which receives their values as a dict."""
+    signature = inspect.signature(command, eval_str=True)
+    kept = [parameter for parameter in signature.parameters.values() if parameter.name != group]
+    names = {option.name for option in options}
+
+    def wrapper(**values: Any) -> None:
+        grouped = {name: values.pop(name) for name in names}
+        command(**values, **{group: grouped})
+
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*kept, *options)]
+    wrapper.__signature__ = signature.replace(parameters=keyword_only)  # type: ignore[attr-defined]
+    wrapper.__name__ = command.__name__
+    wrapper.__doc__ = command.__doc__
+    return wrapper
+
+
+def takes_sampling(command: Command) -> Command:
+    """Give `command` the sampling options; their values arrive as its parameter `sampling`."""
+    return _takes(command, "sampling", SAMPLING_OPTIONS)
+
+
+def takes_engine(command: Command) -> Command:
+    """Give `command` the engine options; their values arrive as its parameter `engine`."""
+    return _takes(command, "engine", ENGINE_OPTIONS)
+
+
+def sampling_params(sampling: dict[str, Any], **more: Any) -> SamplingParams:
+    """The `SamplingParams` of option values, `more` on top.
+
+    Raises:
+        RequestError: a value out of range, or a bias that is not `ID=B`.
+    """
+    values = {**sampling, **more}
+    values["stop"] = tuple(values["stop"] or ())
+    values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
+    values["logit_bias"] = dict(_parse_bias(text) for text in values["logit_bias"] or ()) or None
+    return SamplingParams(**values)
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token_id, equals, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias if equals else "")
+    except ValueError:
+        raise RequestError(f"--logit-bias takes ID=B, such as 42=-5, got {text!r}") from None
+
+
+def open_engine(path: str, engine: dict[str, Any]) -> LLM:
+    """The engine on checkpoint `path`, as the options say."""
+    import torch
+
+    from pipo.engine.llm import LLM
+
+    device = str(engine["device"])
+    if device == Device.AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    limits = {name: engine[name] for name in ("max_num_seqs", "max_model_len") if engine[name] is not None}
+    dtype = None if engine["dtype"] == Dtype.AUTO else str(engine["dtype"])
+    return LLM(path, device=device, dtype=dtype, method=str(engine["method"]), **limits)

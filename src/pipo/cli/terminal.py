@@ -1,0 +1,47 @@
+"""What commands write: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+def console(stderr: bool = True) -> Console:
+    """A console on stderr (progress, notes) or stdout (results for people)."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """The one line that a failed command leaves on stderr."""
+    typer.echo(f"pipo: {' '.join(message.split())}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """`value` on stdout as JSON. What has no value there (NaN, infinity) is null."""
+    typer.echo(json.dumps(_plain(value), ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextmanager
+def working(message: str) -> Iterator[None]:
+    """Show `message` with a spinner on stderr while the body runs; on a stderr that is no terminal, show nothing."""
+    with console().status(message):
+        yield

@@ -1,0 +1,103 @@
+"""Tiny random checkpoints with a tokenizer of bytes, made once a session."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipo.cli.main import app
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a tokenizer whose tokens are the 256 bytes and the specials; its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """A function that runs `pipo` with the given arguments in this process."""
+    return lambda *arguments, **settings: CliRunner().invoke(app, [str(argument) for argument in arguments], **settings)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden checkpoints, which are in the authors' layout."""
+    return Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """A regular Qwen3 checkpoint with an MTP block."""
+    import torch
+    from transformers import Qwen3Config
+
+    from pipo.model.base import BaseForCausalLM
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("checkpoints") / "base"
+    folder.mkdir()
+    size = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=256,
+        eos_token_id=258,
+        bos_token_id=None,
+    )
+    BaseForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipo_folder(base_folder) -> Path:
+    """A PIPO checkpoint made from the base."""
+    from pipo.model.files import copy_tokenizer
+    from pipo.model.modeling import PipoForCausalLM
+
+    folder = base_folder.parent / "pipo"
+    PipoForCausalLM.from_base(base_folder).save_pretrained(folder)
+    copy_tokenizer(base_folder, folder)
+    return folder
+
+
+@pytest.fixture
+def broken(pipo_folder, tmp_path):
+    """A function that copies the PIPO checkpoint with its tensors changed by another."""
+    from safetensors.torch import load_file, save_file
+
+    def make(change) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(pipo_folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make

@@ -1,0 +1,61 @@
+"""`pipo init` and `pipo export` write checkpoints that are sound and complete."""
+
+import json
+
+import pytest
+
+
+def kind_of(run, folder):
+    return json.loads(run("info", str(folder), "--json").stdout)["kind"]
+
+
+@pytest.mark.parametrize("compressor", ["mlp", "linear"])
+def test_init(run, base_folder, tmp_path, compressor):
+    out = tmp_path / "out"
+    result = run("init", str(base_folder), str(out), "--compressor", compressor, "--json")
+    assert result.exit_code == 0, result.output
+    written = json.loads(result.stdout)
+    assert (written["compressor"], written["tokenizer"], written["layout"]) == (compressor, True, "pipo")
+    assert json.loads(run("info", str(out), "--json").stdout)["compressor"] == compressor
+    assert (out / "tokenizer.json").read_bytes() == (base_folder / "tokenizer.json").read_bytes()
+
+
+def test_init_converts_the_number_format(run, base_folder, tmp_path):
+    assert run("init", str(base_folder), str(tmp_path / "out"), "--dtype", "bfloat16").exit_code == 0
+    assert list(json.loads(run("info", str(tmp_path / "out"), "--json").stdout)["dtypes"]) == ["bfloat16"]
+
+
+def test_export_keeps_every_value(run, golden, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert run("export", str(golden / "tiny-mlp-tied"), str(ours), "--layout", "pipo").exit_code == 0
+    assert kind_of(run, ours) == "pipo"
+    assert run("export", str(ours), str(theirs)).exit_code == 0
+    assert kind_of(run, theirs) == "reference"
+    before = load_file(golden / "tiny-mlp-tied" / "model.safetensors")
+    after = load_file(theirs / "model.safetensors")
+    assert {key.replace("model.language_model.", "model.") for key in before} == set(after)
+    assert all(torch.equal(after[key.replace("model.language_model.", "model.")], before[key]) for key in before)
+
+
+def test_a_full_folder_is_not_written_to(run, base_folder, tmp_path):
+    (tmp_path / "precious").write_text("data")
+    result = run("init", str(base_folder), str(tmp_path))
+    assert result.exit_code == 2
+    assert "not an empty folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_pipo_checkpoint_is_no_base(run, pipo_folder, tmp_path):
+    result = run("init", str(pipo_folder), str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "PIPO checkpoint already" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_without_the_authors_layout_is_refused(run, pipo_folder, tmp_path):
+    result = run("export", str(pipo_folder), str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "qwen3" in result.stderr
