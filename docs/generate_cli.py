@@ -55,9 +55,13 @@ def _command(name: str, command: Any) -> str:
 def _options(options: list[Any]) -> str:
     rows = ["| option | meaning | default |", "| --- | --- | --- |"]
     rows += [
-        f"| {_usage(option)} | {option.help} | {_default(option)} |" for option in options if option.name != "help"
+        f"| {_usage(option)} | {_meaning(option)} | {_default(option)} |" for option in options if option.name != "help"
     ]
     return "\n".join(rows) + "\n"
+
+
+def _meaning(option: Any) -> str:
+    return f"{option.help} Environment: `{option.envvar}`." if option.envvar else str(option.help)
 
 
 def _usage(option: Any) -> str:

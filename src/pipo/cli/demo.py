@@ -23,6 +23,12 @@ def demo(
     train: Annotated[
         bool, typer.Option("--train", help="Make the demo's checkpoints from nothing (about 20 minutes on two cores).")
     ] = False,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that --train wrote: run the demo on those checkpoints.", show_default="the package's"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="With --train: go on where an earlier run in --out stopped.")
     ] = False,
@@ -33,6 +39,8 @@ def demo(
     """
     if resume and not train:
         raise ConfigError("--resume goes with --train: there is nothing else to resume")
+    if train and (as_json or checkpoints is not None):
+        raise ConfigError("--json and --checkpoints go without --train, which makes checkpoints and solves no problems")
     if train:
         from pipo.demo import train as training
 
@@ -40,4 +48,11 @@ def demo(
     else:
         from pipo.demo import run
 
-        run.main(out=out, seed=seed, num_problems=num_problems, as_json=as_json, console=console(stderr=as_json))
+        run.main(
+            out=out,
+            seed=seed,
+            num_problems=num_problems,
+            as_json=as_json,
+            console=console(stderr=as_json),
+            checkpoints=checkpoints or run.CHECKPOINTS,
+        )
