@@ -225,12 +225,15 @@ class TokenCounts:
     num_committed: int = 0
     num_rejected: int = 0
 
-    def add_pair(self, *, drafted: bool, committed: bool) -> None:
-        """Count one pair: its token 1, and token 2 when it was committed and shown (not cut off)."""
+    def add_pair(self, *, num_tokens: int, judged: bool, committed: bool) -> None:
+        """Count one pair.
+
+        `num_tokens`: what it showed. `judged`: the gate judged its draft, and nothing cut the draft off.
+        """
         self.num_pairs += 1
-        self.num_tokens += 1 + committed
+        self.num_tokens += num_tokens
         self.num_committed += committed
-        self.num_rejected += drafted and not committed
+        self.num_rejected += judged and not committed
 
     @property
     def commit_rate(self) -> float:

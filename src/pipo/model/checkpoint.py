@@ -250,3 +250,15 @@ print(LLM("this/folder").generate("Hello", SamplingParams(max_tokens=64))[0].tex
 
 Method: arXiv 2605.27255.
 """
+
+
+def is_pipo(folder: Path) -> bool:
+    """Whether a folder holds a PIPO checkpoint, in our layout, the authors' or as an adapter; else a regular one.
+
+    Raises:
+        CheckpointError: it has no readable config.
+    """
+    if is_adapter(folder):
+        return True
+    raw = read_json(folder / "config.json")
+    return raw.get("model_type") == "pipo" or any(name.endswith("PIPO") for name in raw.get("architectures") or [])

@@ -1,0 +1,1 @@
+"""Data: conversations to prompts and slots."""

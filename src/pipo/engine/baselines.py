@@ -1,0 +1,246 @@
+"""The baselines, on a regular checkpoint: regular decoding, MTP without verification, speculative decoding.
+
+They share engine, cache and sampler with PIPO, so that a comparison shows the methods and nothing else. A position is a token.
+
+Shape legend: B rows, T new tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from pipo.engine.runner import RowSampling, steps_of
+from pipo.engine.sequence import Sequence, StepTokens
+from pipo.errors import ConfigError, RequestError
+from pipo.model.backbone import LayerCall
+from pipo.model.base import BaseForCausalLM
+from pipo.model.cache import RowCache, measure_bytes
+from pipo.model.sampling import (
+    BONUS,
+    RESIDUAL,
+    TOKEN1,
+    TOKEN2,
+    VERIFY,
+    probabilities,
+    process_logits,
+    sample,
+    speculative_verify,
+    token_logprobs,
+    uniform,
+)
+from pipo.model.step import NO_DRAFT, PairResult, Prefilled, Rows, fetch, prefill_tokens
+
+
+class BaseRunner:
+    """What the baselines have in common. See :class:`pipo.engine.runner.Runner`."""
+
+    name = "regular"
+    drafts = False
+    """Whether the method needs the model's MTP block."""
+
+    def __init__(self, model: BaseForCausalLM) -> None:
+        """Raises `ConfigError` where the method needs an MTP block and the model has none."""
+        if self.drafts and model.mtp is None:
+            raise ConfigError(
+                f"method={self.name!r} drafts with the model's MTP block, and this checkpoint has no mtp.* tensors"
+            )
+        self.model = model
+        self.cache = RowCache(model.config, model.device)
+        self.sampling = RowSampling(int(model.config.vocab_size), model.device)
+
+    def measure_bytes(self) -> tuple[int, int]:
+        """Bytes of cache per row, and per position of a row."""
+        with torch.no_grad():
+            prefilled = prefill_tokens(self.model, [[0]], self.model.device)
+            if self.drafts:
+                prefilled.run_mtp(torch.zeros(1, dtype=torch.long, device=self.model.device))
+        return measure_bytes(prefilled.cache)
+
+    def check(self, sequence: Sequence) -> None:
+        """Pair records exist only where pairs do."""
+        if sequence.params.record_pairs:
+            raise RequestError(f"record_pairs: the method {self.name!r} writes no pairs")
+
+    def num_positions(self, sequence: Sequence) -> int:
+        """Tokens of prompt and output."""
+        return len(sequence.prompt_ids) + len(sequence.token_ids)
+
+    def positions_per_step(self) -> int:
+        """Most tokens that one step adds."""
+        return 2 if self.drafts else 1
+
+    def remove(self, row: int) -> None:
+        """Forget a row."""
+        self.cache.remove(row)
+        self.sampling.invalidate()
+
+    def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """Run prompts; the first token of each (and what the method adds)."""
+        shared = len(sequences) > 1 and all(s.prompt_ids == sequences[0].prompt_ids and not s.pairs for s in sequences)
+        prompts = [s.prompt_ids + s.token_ids for s in (sequences[:1] if shared else sequences)]
+        prefilled = prefill_tokens(self.model, prompts, self.model.device)
+        if shared:
+            prefilled.share(len(sequences))
+        rows = self.sampling.rows_of(sequences)
+        token1_B, logprobs1 = rows.draw(self.model.head(prefilled.last_hidden_BH), TOKEN1)
+        rows.count(token1_B)
+        result = self._after_prefill(prefilled, rows, _single(token1_B)._replace(logprobs1=logprobs1))
+        self.cache.adopt(prefilled.cache, prefilled.lengths)
+        self.sampling.invalidate()
+        return steps_of(fetch(result), sequences)
+
+    def _after_prefill(self, prefilled: Prefilled, rows: Rows, first: PairResult) -> PairResult:
+        return first
+
+    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """One step of all rows."""
+        raise NotImplementedError
+
+    def _read(self, ids_BT: Tensor) -> tuple[Tensor, LayerCall]:
+        """Run the backbone over each row's next tokens: `h [B, T, H]`."""
+        positions_BT = self.cache.begin(ids_BT.shape[1])
+        inputs_BTH = self.model.embed(ids_BT)
+        return self.model.run_backbone(inputs_BTH, positions_BT, self.cache.masks(inputs_BTH.dtype), self.cache)
+
+    def _ids(self, ids: list[list[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.long).to(self.model.device, non_blocking=True)
+
+
+class RegularRunner(BaseRunner):
+    """One token per step."""
+
+    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """Read each row's last token, write the next."""
+        hidden_B1H, _ = self._read(self._ids([[s.token_ids[-1]] for s in sequences]))
+        rows = self.sampling.rows(sequences)
+        token1_B, logprobs1 = rows.draw(self.model.head(hidden_B1H[:, 0]), TOKEN1)
+        rows.count(token1_B)
+        self.cache.advance()
+        return steps_of(fetch(_single(token1_B)._replace(logprobs1=logprobs1)), sequences)
+
+
+class MtpRunner(BaseRunner):
+    """Two tokens per step: the MTP block's draft is always kept, and the backbone reads both."""
+
+    name = "mtp"
+    drafts = True
+
+    def _after_prefill(self, prefilled: Prefilled, rows: Rows, first: PairResult) -> PairResult:
+        return self._with_draft(rows, first, prefilled.run_mtp(first.token1_B))
+
+    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """Read each row's last two tokens, write the next two."""
+        ids_B2 = self._ids([s.token_ids[-2:] for s in sequences])
+        hidden_B2H, call = self._read(ids_B2)
+        rows = self.sampling.rows(sequences)
+        token1_B, logprobs1 = rows.draw(self.model.head(hidden_B2H[:, 1]), TOKEN1)
+        rows.count(token1_B)
+        following_B2 = torch.stack([ids_B2[:, 1], token1_B], dim=1)
+        mtp_hidden_BH = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)[:, 1]
+        result = self._with_draft(rows, _single(token1_B)._replace(logprobs1=logprobs1), mtp_hidden_BH)
+        self.cache.advance(2)
+        return steps_of(fetch(result), sequences)
+
+    def _with_draft(self, rows: Rows, first: PairResult, mtp_hidden_BH: Tensor) -> PairResult:
+        draft_B, logprobs2 = rows.draw(self.model.head(mtp_hidden_BH), TOKEN2)
+        rows.count(draft_B)
+        return first._replace(
+            draft_B=draft_B, committed_B=torch.ones_like(draft_B, dtype=torch.bool), logprobs2=logprobs2
+        )
+
+
+class SpeculativeRunner(BaseRunner):
+    """The MTP block drafts one token, the backbone verifies it: lossless (Leviathan et al., 2023).
+
+    A step reads the last token and the draft. Where the draft stands it writes the draft and one token more, else the token
+    that replaces it. Keys and values of a rejected draft are overwritten by the next step. A linear-attention state can't be
+    cropped: where a draft fails, the states from before the step are put back and the one good token is read again, which
+    costs another backbone pass and a look at the device.
+    """
+
+    name = "speculative"
+    drafts = True
+
+    def __init__(self, model: BaseForCausalLM) -> None:
+        super().__init__(model)
+        self._draft_B = torch.zeros(0, dtype=torch.long, device=model.device)
+        self._draft_probabilities_BV = torch.zeros(0, int(model.config.vocab_size), device=model.device)
+
+    def remove(self, row: int) -> None:
+        """Forget a row and its pending draft."""
+        super().remove(row)
+        for tensor in (self._draft_B, self._draft_probabilities_BV):
+            tensor[row] = tensor[-1].clone()
+        self._draft_B = self._draft_B[:-1]
+        self._draft_probabilities_BV = self._draft_probabilities_BV[:-1]
+
+    def _after_prefill(self, prefilled: Prefilled, rows: Rows, first: PairResult) -> PairResult:
+        draft_B, draft_BV = self._propose(rows, prefilled.run_mtp(first.token1_B), 1)
+        self._draft_B = torch.cat([self._draft_B, draft_B])
+        self._draft_probabilities_BV = torch.cat([self._draft_probabilities_BV, draft_BV])
+        return first
+
+    def _propose(self, rows: Rows, mtp_hidden_BH: Tensor, num_new_B: Tensor | int) -> tuple[Tensor, Tensor]:
+        """A draft per row and the distribution it was drawn from."""
+        num_tokens_B = None if rows.num_tokens_B is None else rows.num_tokens_B + num_new_B
+        logits_BV = process_logits(self.model.head(mtp_hidden_BH), rows.batch, rows.history, num_tokens_B)
+        return sample(logits_BV, rows.batch, rows.position_B, TOKEN2), probabilities(logits_BV, rows.batch)
+
+    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """Verify each row's draft, write one or two tokens, draft again."""
+        ids_B2 = torch.stack([self._ids([[s.token_ids[-1]] for s in sequences])[:, 0], self._draft_B], dim=1)
+        before = self.cache.snapshot() if self.cache.has_states else None
+        hidden_B2H, call = self._read(ids_B2)
+        rows = self.sampling.rows(sequences)
+        result, accepted_B = self._verify(rows, self.model.head(hidden_B2H))
+        following_B2 = torch.stack([result.token1_B, result.draft_B.clamp_min(0)], dim=1)
+        mtp_hidden_B2H = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)
+        mtp_hidden_BH = torch.where(accepted_B[:, None], mtp_hidden_B2H[:, 1], mtp_hidden_B2H[:, 0])
+        self._draft_B, self._draft_probabilities_BV = self._propose(rows, mtp_hidden_BH, 1 + accepted_B.long())
+        if before is not None and not bool(accepted_B.all()):
+            after = self.cache.snapshot()
+            self.cache.restore(before)
+            self._read(ids_B2[:, :1])
+            self.cache.restore(after, accepted_B)
+        steps = steps_of(fetch(result), sequences, judged=True)
+        self.cache.advance([1 + step.committed for step in steps])
+        return steps
+
+    def _verify(self, rows: Rows, logits_B2V: Tensor) -> tuple[PairResult, Tensor]:
+        """Token 1 is the draft or its replacement; where the draft stands, token 2 is the backbone's next."""
+        batch, position_B = rows.batch, rows.position_B
+        target_BV = process_logits(logits_B2V[:, 0], batch, rows.history, rows.num_tokens_B)
+        verdict = speculative_verify(
+            probabilities(target_BV, batch),
+            self._draft_probabilities_BV,
+            self._draft_B,
+            uniform(batch.seed_B, position_B, VERIFY),
+            uniform(batch.seed_B, position_B, RESIDUAL),
+        )
+        accepted_B = verdict.accepted_B
+        token1_B = torch.where(accepted_B, self._draft_B, verdict.replacement_B)
+        rows.count(token1_B)
+        next_num_B = None if rows.num_tokens_B is None else rows.num_tokens_B + 1
+        bonus_BV = process_logits(logits_B2V[:, 1], batch, rows.history, next_num_B)
+        bonus_B = sample(bonus_BV, batch, position_B, BONUS)
+        rows.count(bonus_B, accepted_B)
+        num = rows.num_logprobs
+        first, second = (
+            None if num is None else token_logprobs(logits_B2V[:, slot], token_B, num)
+            for slot, token_B in ((0, token1_B), (1, bonus_B))
+        )
+        token2_B = bonus_B.masked_fill(~accepted_B, NO_DRAFT)
+        return PairResult(token1_B, token2_B, _nan_like(token1_B), accepted_B, first, second), accepted_B
+
+
+def _single(token1_B: Tensor) -> PairResult:
+    """A step of one token."""
+    none_B = torch.full_like(token1_B, NO_DRAFT)
+    return PairResult(token1_B, none_B, _nan_like(token1_B), torch.zeros_like(token1_B, dtype=torch.bool), None, None)
+
+
+def _nan_like(token_B: Tensor) -> Tensor:
+    return torch.full(token_B.shape, torch.nan, device=token_B.device)

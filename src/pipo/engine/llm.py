@@ -1,0 +1,366 @@
+"""`LLM`: load a checkpoint, generate. The Python interface of the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipo.data.conversation import encode_text, load_tokenizer, render_chat
+from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, SpeculativeRunner
+from pipo.engine.core import CacheBudget, Engine
+from pipo.engine.detokenize import Detokenizer, TextDecoder
+from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
+from pipo.engine.runner import PipoRunner, Runner
+from pipo.engine.sequence import Sequence, StepText
+from pipo.errors import CheckpointError, ConfigError, RequestError
+from pipo.model.base import BaseForCausalLM
+from pipo.model.checkpoint import is_pipo, load_pipo
+from pipo.model.convert import as_dtype
+from pipo.model.files import find_checkpoint, read_json
+from pipo.model.modeling import PipoForCausalLM
+from pipo.model.sampling import derive_seed
+
+BASELINES: dict[str, type[BaseRunner]] = {"regular": RegularRunner, "mtp": MtpRunner, "speculative": SpeculativeRunner}
+Prompt = str | Mapping[str, Any] | Seq[Mapping[str, Any]]
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
+"""Share of the free memory that the cache may take, unless told otherwise."""
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: a checkpoint folder, a hub id, or a model in memory, whose weights are then used without a copy.
+        device: `cpu`, `cuda`, …; by default CUDA where there is a GPU (for a model in memory, where it is).
+        dtype: `float32`, `bfloat16`, `float16`; by default the checkpoint's.
+        method: `pipo` on a PIPO checkpoint; `regular`, `mtp` (no verification) or `speculative` on a base checkpoint.
+        tokenizer: for a model in memory; by default the checkpoint's. Without one, prompts are token ids and texts empty.
+        max_num_seqs: samples that decode together at most.
+        max_model_len: positions a sample may hold: **pairs** for PIPO (up to two tokens each), tokens otherwise.
+        cache_budget_bytes: memory for caches at most; by default half of the free RAM, or 85% of the free GPU memory.
+        seed: of requests that bring none; by default different each time.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        method: str = "pipo",
+        tokenizer: Any = None,
+        subfolder: str | None = None,
+        attn_implementation: str | None = None,
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        cache_budget_bytes: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if method not in ("pipo", *BASELINES):
+            raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
+        self.method = method
+        if isinstance(model, nn.Module):
+            self.model = _model_in_memory(model, method, device, dtype)
+            self.tokenizer = tokenizer
+            generation: dict[str, Any] = {}
+        else:
+            folder = find_checkpoint(model, subfolder)
+            self.model = _load(folder, method, device, dtype, attn_implementation)
+            self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder)
+            generation = read_json(folder / "generation_config.json") if _has_generation(folder) else {}
+        text_config = self.model.backbone.config
+        self.vocab_size = int(text_config.vocab_size)
+        self.eos_token_ids = _ids(text_config.eos_token_id) | _ids(generation.get("eos_token_id"))
+        if self.tokenizer is not None and getattr(self.tokenizer, "eos_token_id", None) is not None:
+            self.eos_token_ids |= {int(self.tokenizer.eos_token_id)}
+        self._decoder = TextDecoder(self.tokenizer) if self.tokenizer is not None else None
+        runner: Runner = (
+            PipoRunner(self.model) if isinstance(self.model, PipoForCausalLM) else BASELINES[method](self.model)
+        )
+        budget = cache_budget(runner, self.model.device, cache_budget_bytes)
+        self.engine = Engine(
+            runner,
+            budget,
+            max_positions=int(text_config.max_position_embeddings),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
+        self._seeds = random.Random(seed)
+        self._next_id = 0
+        self._lock = threading.RLock()
+        self._worker: threading.Thread | None = None
+        self._failures: dict[int, Callable[[BaseException], None]] = {}
+
+    # --- generating
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or many, together.
+
+        Args:
+            prompts: each a text, `{"prompt_token_ids": […]}`, or chat messages (`[{"role": …, "content": …}]`).
+            params: for all prompts, or one per prompt.
+
+        Returns:
+            Results, prompts × n, in order.
+
+        Raises:
+            RequestError: a prompt or parameters that can't be served; nothing has been generated then.
+        """
+        listed = _as_prompts(prompts)
+        settings = _as_params(params, len(listed))
+        requests = [self._samples(prompt, setting) for prompt, setting in zip(listed, settings, strict=True)]
+        samples = [sequence for request in requests for sequence in request]
+        pending = set(map(id, samples))
+
+        def listen(sequence: Sequence, step: StepText) -> None:
+            if sequence.finished:
+                pending.discard(id(sequence))
+
+        with self._lock:
+            added: list[int] = []
+            try:
+                for request in requests:
+                    self.engine.add(request, listen)
+                    added.append(request[0].request_id)
+                while pending:
+                    self.engine.step()
+            except BaseException:
+                for request_id in added:
+                    self.engine.abort(request_id)
+                raise
+        return [sequence.output() for sequence in samples]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
+        """Generate for one prompt; an event per step of each sample, as they come. Closing the iterator aborts."""
+        samples = self._samples(prompt, params or SamplingParams())
+        events: list[StreamEvent] = []
+        with self._lock:
+            self.engine.add(samples, lambda sequence, step: events.append(sequence.event(step)))
+        running = len(samples)
+        try:
+            while running:
+                with self._lock:
+                    if not events:
+                        self.engine.step()
+                    ready, events[:] = list(events), []
+                for event in ready:
+                    running -= event.finish_reason is not None
+                    yield event
+        finally:
+            if running:
+                with self._lock:
+                    self.engine.abort(samples[0].request_id)
+
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
+        """As :meth:`stream`, for asyncio: many may run at once and decode together. Cancelling aborts."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[StreamEvent | BaseException]()
+        samples = self._samples(prompt, params or SamplingParams())
+
+        def listen(sequence: Sequence, step: StepText) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, sequence.event(step))
+
+        def fail(error: BaseException) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, error)
+
+        await asyncio.to_thread(self._submit, samples, listen, fail)
+        running = len(samples)
+        try:
+            while running:
+                event = await queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                running -= event.finish_reason is not None
+                yield event
+        finally:
+            self._failures.pop(samples[0].request_id, None)
+            if running:
+                await asyncio.shield(asyncio.to_thread(self._abort, samples[0].request_id))
+
+    async def agenerate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[RequestOutput]:
+        """The finished samples of one prompt, for asyncio."""
+        done: dict[int, RequestOutput] = {}
+        async for event in self.astream(prompt, params):
+            done[event.index] = event.output
+        return [done[index] for index in sorted(done)]
+
+    # --- the thread that steps for asyncio callers
+
+    def _submit(
+        self,
+        samples: list[Sequence],
+        listen: Callable[[Sequence, StepText], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        with self._lock:
+            self.engine.add(samples, listen)
+            self._failures[samples[0].request_id] = fail
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="pipo-engine", daemon=True)
+                self._worker.start()
+
+    def _work(self) -> None:
+        """Step while there is work, then end; a new request starts a new thread."""
+        while True:
+            with self._lock:
+                if not self.engine.has_work:
+                    self._worker = None
+                    return
+                try:
+                    self.engine.step()
+                except Exception as error:  # noqa: BLE001 (handed to every caller that waits)
+                    for request_id, fail in list(self._failures.items()):
+                        self.engine.abort(request_id)
+                        fail(error)
+                    self._worker = None
+                    return
+            time.sleep(0)  # let callers that wait for the lock in
+
+    def _abort(self, request_id: int) -> None:
+        with self._lock:
+            self.engine.abort(request_id)
+
+    # --- requests
+
+    def _samples(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
+        """The samples of one request, checked and ready to queue."""
+        arrival_s = time.perf_counter()
+        prompt_ids, text = self.encode(prompt)
+        params.validate(self.vocab_size)
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        with self._lock:
+            request_id, self._next_id = self._next_id, self._next_id + 1
+        return [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_ids=prompt_ids,
+                params=params,
+                seed=derive_seed(seed, index),
+                stop_ids=frozenset(stops),
+                max_tokens=params.max_tokens or 2 * self.engine.max_model_len,
+                detokenizer=Detokenizer(self._decoder, params.stop_strings),
+                arrival_s=arrival_s,
+                prompt=text,
+            )
+            for index in range(params.n)
+        ]
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
+        """Token ids of a prompt, and its text where it has one.
+
+        Raises:
+            RequestError: empty, of an unknown form, or with ids outside the vocabulary.
+        """
+        text: str | None = None
+        if isinstance(prompt, str):
+            text = prompt
+            if self.tokenizer is None:
+                raise RequestError("this model has no tokenizer; pass {'prompt_token_ids': [...]} instead of a text")
+            ids = encode_text(self.tokenizer, prompt)
+        elif isinstance(prompt, Mapping):
+            if "prompt_token_ids" not in prompt:
+                raise RequestError(f"a prompt given as a mapping needs prompt_token_ids, got keys {sorted(prompt)}")
+            ids = list(prompt["prompt_token_ids"])
+        else:
+            text = render_chat(self.tokenizer, prompt)
+            ids = encode_text(self.tokenizer, text, add_special_tokens=False)
+        if not ids:
+            raise RequestError("the prompt is empty: it has no tokens")
+        wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.vocab_size]
+        if wrong:
+            raise RequestError(f"the prompt has ids outside the vocabulary of {self.vocab_size}: {wrong[:5]}")
+        return ids, text
+
+
+def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    listed: list[Any] = list(prompts)
+    # One chat is a list of messages; several prompts are a list of texts, mappings with ids, or chats.
+    if listed and all(isinstance(item, Mapping) and "role" in item for item in listed):
+        return [listed]
+    return listed
+
+
+def _as_params(params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts need as many SamplingParams, or one for all; got {len(params)}")
+    return list(params)
+
+
+def _ids(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return {int(v) for v in (value if isinstance(value, (list, tuple, set)) else [value])}
+
+
+def _has_generation(folder: Path) -> bool:
+    return (folder / "generation_config.json").is_file()
+
+
+def _load(
+    folder: Path, method: str, device: str | torch.device | None, dtype: Any, attention: str | None
+) -> PipoForCausalLM | BaseForCausalLM:
+    pipo = is_pipo(folder)
+    if method == "pipo" and not pipo:
+        raise CheckpointError(
+            f"{folder} is a regular checkpoint, which has no pairs to decode; use method='regular', 'mtp' or "
+            "'speculative', or make a PIPO checkpoint of it with `pipo init`"
+        )
+    if method != "pipo" and pipo:
+        raise CheckpointError(
+            f"{folder} is a PIPO checkpoint, whose backbone expects latents of pairs: method={method!r} needs a base one"
+        )
+    model: PipoForCausalLM | BaseForCausalLM = (
+        load_pipo(folder, dtype=dtype, attn_implementation=attention)
+        if pipo
+        else BaseForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    )
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _model_in_memory(
+    model: nn.Module, method: str, device: str | torch.device | None, dtype: Any
+) -> PipoForCausalLM | BaseForCausalLM:
+    if not isinstance(model, (PipoForCausalLM, BaseForCausalLM)):
+        raise ConfigError(f"a model in memory must be a PipoForCausalLM or BaseForCausalLM, got {type(model).__name__}")
+    if (method == "pipo") != isinstance(model, PipoForCausalLM):
+        raise ConfigError(f"method={method!r} does not run on a {type(model).__name__}")
+    if device is not None and torch.device(device).type != model.device.type:
+        raise ConfigError(f"the model is on {model.device}, not {device}; move it first (its weights are not copied)")
+    if dtype is not None and as_dtype(dtype) not in (None, model.dtype):
+        raise ConfigError(f"the model is {model.dtype}, not {dtype}; cast it first (its weights are not copied)")
+    return model
+
+
+def cache_budget(runner: Runner, device: torch.device, total_bytes: int | None) -> CacheBudget:
+    """Measure what rows and positions cost on this model, by prefilling two tiny prompts."""
+    row_bytes, position_bytes = runner.measure_bytes()
+    total = total_bytes if total_bytes is not None else int(MEMORY_SHARE.get(device.type, 0.5) * _free(device))
+    return CacheBudget(total, row_bytes, position_bytes)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

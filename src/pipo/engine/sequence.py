@@ -1,0 +1,160 @@
+"""One sample of one request while it runs, on the host: its tokens, its text, when it stops, what it counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from pipo.engine.detokenize import Detokenizer
+from pipo.engine.request import (
+    FinishReason,
+    PairRecord,
+    RequestOutput,
+    SamplingParams,
+    StreamEvent,
+    TokenLogprob,
+)
+from pipo.pairing import Pair, TokenCounts
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What one step wrote for one sample, before stops cut anything off.
+
+    `judged`: a draft was judged, by the gate or by verification. `committed`: it was kept. `draft`: the draft, kept or not.
+    """
+
+    token1: int
+    token2: int | None = None
+    draft: int | None = None
+    confidence: float | None = None
+    judged: bool = False
+    committed: bool = False
+    logprob1: TokenLogprob | None = None
+    logprob2: TokenLogprob | None = None
+    draft_logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepText:
+    """What a step added to a sample: text, the tokens from index `before` on, the pair's record."""
+
+    text: str
+    before: int
+    record: PairRecord | None
+
+
+@dataclass
+class Sequence:
+    """A running sample. `pairs` is what its steps wrote; the next step reads the last one."""
+
+    request_id: int
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: Collection[int]
+    """Ids that end the text: the request's, and the model's own unless ignored."""
+    max_tokens: int
+    detokenizer: Detokenizer
+    arrival_s: float
+    prompt: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    records: list[PairRecord] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    first_token_s: float | None = None
+    num_first_tokens: int = 0
+    last_token_s: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
+
+    @property
+    def position(self) -> int:
+        """Steps done so far."""
+        return self.counts.num_pairs
+
+    def take(self, step: StepTokens) -> StepText:
+        """Append a step's tokens, cut at the first stop.
+
+        Counting follows section 4: a draft cut off by a stop or by `max_tokens` is neither committed nor rejected.
+        """
+        now = time.perf_counter()
+        before, text = len(self.token_ids), ""
+        for token, logprob in ((step.token1, step.logprob1), (step.token2, step.logprob2)):
+            if token is None or self.finished:
+                break
+            text += self._append(token, logprob)
+        shown = len(self.token_ids) - before
+        cut = self.finished and shown == 1
+        committed = step.committed and not cut
+        self.counts.add_pair(num_tokens=shown, judged=step.judged and not cut, committed=committed)
+        self.pairs.append(Pair(step.token1, step.token2))
+        if self.first_token_s is None:
+            self.first_token_s, self.num_first_tokens = now, shown
+        self.last_token_s = now
+        record = None
+        if self.params.record_pairs:
+            lp1 = None if step.logprob1 is None else step.logprob1.logprob
+            record = PairRecord(step.token1, step.draft, step.confidence, committed, lp1, step.draft_logprob)
+            self.records.append(record)
+        self.text += text
+        return StepText(text, before, record)
+
+    def end(self, reason: FinishReason) -> str:
+        """Finish for a reason other than its own tokens, unless it has finished already; text still held back."""
+        self.finish_reason = self.finish_reason or reason
+        text = self.detokenizer.finish()
+        self.text += text
+        return text
+
+    def _append(self, token: int, logprob: TokenLogprob | None) -> str:
+        self.token_ids.append(token)
+        if self.params.logprobs is not None and logprob is not None:
+            self.logprobs.append(logprob)
+        if token in self.stop_ids:
+            self.finish_reason = "stop"
+            return ""
+        check = len(self.token_ids) > self.params.min_tokens
+        text = self.detokenizer.push(token, check_stop=check)
+        if self.detokenizer.stop_string is not None:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish_reason = "length"
+        return text
+
+    def event(self, step: StepText) -> StreamEvent:
+        """What a step added, with the sample up to it."""
+        new_logprobs = tuple(self.logprobs[step.before :]) if self.params.logprobs is not None else None
+        new_tokens = tuple(self.token_ids[step.before :])
+        return StreamEvent(step.text, new_tokens, step.record, self.finish_reason, self.output(), new_logprobs)
+
+    def output(self) -> RequestOutput:
+        """The sample so far, a copy that later steps leave alone."""
+        ttft_s = tpot_s = None
+        if self.first_token_s is not None:
+            ttft_s = self.first_token_s - self.arrival_s
+            later = len(self.token_ids) - self.num_first_tokens
+            tpot_s = (self.last_token_s - self.first_token_s) / later if later else None
+        return RequestOutput(
+            prompt_token_ids=self.prompt_ids,
+            token_ids=list(self.token_ids),
+            text=self.text,
+            finish_reason=self.finish_reason,
+            num_pairs=self.counts.num_pairs,
+            num_committed=self.counts.num_committed,
+            num_rejected=self.counts.num_rejected,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+            pairs=list(self.records) if self.params.record_pairs else None,
+            index=self.index,
+            prompt=self.prompt,
+        )

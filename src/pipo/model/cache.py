@@ -1,0 +1,360 @@
+"""Caches at pair granularity: one entry per backbone position, which is a pair (or a token, for a regular model).
+
+A prompt is prefilled into a cache of its own (:func:`prefill_cache`) and then adopted by :class:`RowCache`, which holds
+every running request as one *row*, left-aligned: entry `s` of a row is position `s`. So rows of any length decode in one
+call, positions and masks say what each row may see, and rows join and leave at any step. The MTP block's keys and
+values are the last layer of the same cache.
+
+Shape legend: B rows, T new positions, S cached positions, N key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from pipo.errors import UnsupportedModelError
+
+GROWTH = 1.5
+LENGTH_STEP = 64
+KINDS = {"full_attention", "sliding_attention", "linear_attention"}
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Kind of each backbone layer: `full_attention`, `sliding_attention` or `linear_attention`.
+
+    Raises:
+        UnsupportedModelError: another kind, whose cache the engine does not know.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        one = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        kinds = [one] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - KINDS):
+        raise UnsupportedModelError(
+            f"decoding {config.model_type!r} needs a cache for layers of kind {', '.join(unknown)}"
+        )
+    return tuple(kinds)
+
+
+def prefill_cache(config: PreTrainedConfig) -> Cache:
+    """An empty cache for one prefill: the backbone's layers and one more for the MTP block; nothing is ever dropped."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layers[index] = DynamicLayer()
+        elif type(layer) not in (DynamicLayer, LinearAttentionLayer):
+            raise UnsupportedModelError(f"decoding {config.model_type!r} needs a cache of kind {type(layer).__name__}")
+    return Cache(layers=[*layers, DynamicLayer()])
+
+
+def measure_bytes(prefilled: Cache) -> tuple[int, int]:
+    """Bytes of cache per row, and per position of a row, read off a prefill of one row and one position."""
+    row_bytes = position_bytes = 0
+    for layer in prefilled.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            row_bytes += sum(t.numel() * t.element_size() for t in states if t is not None)
+        elif layer.is_initialized:
+            position_bytes += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+    return row_bytes, position_bytes
+
+
+class _KeyValueRows(CacheLayerMixin):
+    """Keys and values `[rows, N, capacity, D]` of one attention layer."""
+
+    def __init__(self, owner: RowCache) -> None:
+        super().__init__()
+        self.owner = owner
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate like the first keys and values seen: `[any, N, any, D]`."""
+        rows, capacity = self.owner.capacity
+        # Zeros, not whatever memory holds: a masked entry is multiplied by zero, which does not cancel a NaN.
+        self.keys, self.values = (
+            t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in (key_states, value_states)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write `[B, N, T, D]` at the step's positions; all entries that any row can see, `[B, N, S, D]`."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        rows_B1, positions_BT = self.owner.rows_B1, self.owner.positions_BT
+        self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
+        self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
+        b, s = self.owner.num_rows, self.owner.span
+        return self.keys[:b, :, :s], self.values[:b, :, :s]
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Move to new buffers; what lies in both sizes is kept."""
+        for name in ("keys", "values"):
+            old: Tensor | None = getattr(self, name)
+            if old is not None:
+                new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+                r, c = min(rows, old.shape[0]), min(capacity, old.shape[2])
+                new[:r, :, :c] = old[:r, :, :c]
+                setattr(self, name, new)
+
+    def adopt(self, row: int, source: DynamicLayer, source_row: int, length: int) -> None:
+        """Copy a prefilled row's first `length` entries into `row` and clear the rest of it."""
+        if not source.is_initialized:  # the MTP block was not run: no draft of this row is ever wanted
+            if self.keys is not None and self.values is not None:
+                self.keys[row].zero_()
+                self.values[row].zero_()
+            return
+        if self.keys is None:
+            self.lazy_initialization(source.keys, source.values)
+        for target, tensor in ((self.keys, source.keys), (self.values, source.values)):
+            assert target is not None
+            target[row, :, :length] = tensor[min(source_row, tensor.shape[0] - 1), :, :length]
+            target[row, :, length:] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrite row `target` with row `source`."""
+        if self.keys is not None and self.values is not None:
+            self.keys[target] = self.keys[source]
+            self.values[target] = self.values[source]
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.keys = self.values = None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Entries that :meth:`update` returns, and the position of the first."""
+        return self.owner.span, 0
+
+    def get_seq_length(self) -> int:
+        """Entries before this step's, in the longest row."""
+        return self.owner.span - self.owner.positions_BT.shape[1]
+
+    def get_max_length(self) -> int:
+        """No fixed maximum."""
+        return -1
+
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
+
+
+class _StateRows(LinearAttentionLayer):
+    """Convolution and recurrent states `[rows, …]` of one linear-attention layer."""
+
+    def __init__(self, owner: RowCache, number_of_states: int) -> None:
+        super().__init__(number_of_states)
+        self.owner = owner
+        self._all: dict[tuple[str, int], Tensor] = {}
+
+    def begin(self) -> None:
+        """Show the model the running rows, as views that it updates in place."""
+        for (name, index), tensor in self._all.items():
+            getattr(self, name)[index] = tensor[: self.owner.num_rows]
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Move to new buffers of `rows` rows."""
+        for key, old in self._all.items():
+            new = old.new_zeros(rows, *old.shape[1:])
+            r = min(rows, old.shape[0])
+            new[:r] = old[:r]
+            self._all[key] = new
+
+    def adopt(self, row: int, source: LinearAttentionLayer, source_row: int, length: int) -> None:
+        """Copy a prefilled row's states into `row`."""
+        for index in range(self.number_of_states):
+            self.conv_kernel_size[index] = source.conv_kernel_size[index]
+            self.has_previous_state[index] = source.has_previous_state[index]
+            for name, ready in (
+                ("conv_states", self.is_conv_states_initialized),
+                ("recurrent_states", self.is_recurrent_states_initialized),
+            ):
+                state: Tensor | None = getattr(source, name)[index]
+                if state is None:
+                    continue
+                if (name, index) not in self._all:
+                    self._all[name, index] = state.new_zeros(self.owner.capacity[0], *state.shape[1:])
+                    self.dtype, self.device = state.dtype, state.device
+                self._all[name, index][row] = state[min(source_row, state.shape[0] - 1)]
+                ready[index] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Overwrite row `target` with row `source`."""
+        for tensor in self._all.values():
+            tensor[target] = tensor[source]
+
+    def snapshot(self) -> dict[tuple[str, int], Tensor]:
+        """A copy of the running rows' states."""
+        return {key: tensor[: self.owner.num_rows].clone() for key, tensor in self._all.items()}
+
+    def restore(self, states: dict[tuple[str, int], Tensor], rows_B: Tensor | None = None) -> None:
+        """Write a snapshot back, everywhere or where `rows_B` is True."""
+        for key, state in states.items():
+            view = self._all[key][: state.shape[0]]
+            if rows_B is None:
+                view.copy_(state)
+            else:
+                chosen = rows_B.view(-1, *[1] * (state.dim() - 1))
+                view.copy_(torch.where(chosen, state, view))
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._all.clear()
+
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in self._all.values())
+
+
+class RowCache(Cache):
+    """The running requests' cache, one row each. Grows and shrinks with what the rows hold.
+
+    A step is `begin(positions)`, one call of the backbone, one of the MTP block.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        device: torch.device,
+        fits: Callable[[int, int], bool] = lambda rows, length: True,
+    ) -> None:
+        """`fits(rows, length)`: whether memory may be reserved for so much; what is needed is reserved in any case."""
+        self.config = config
+        self.device = device
+        self.fits = fits
+        self.kinds = layer_kinds(config)
+        self.has_states = "linear_attention" in self.kinds
+        self.num_rows = 0
+        self.lengths: list[int] = []
+        """Entries that each row holds."""
+        self.capacity = (0, 0)
+        self.span = 0
+        self.rows_B1 = torch.zeros(0, 1, dtype=torch.long, device=device)
+        self.positions_BT = torch.zeros(0, 1, dtype=torch.long, device=device)
+        states = [getattr(layer, "number_of_states", 1) for layer in DynamicCache(config=config).layers]
+        layers: list[Any] = [
+            _StateRows(self, states[i]) if kind == "linear_attention" else _KeyValueRows(self)
+            for i, kind in enumerate(self.kinds)
+        ]
+        super().__init__(layers=[*layers, _KeyValueRows(self)])
+
+    # --- rows
+
+    def adopt(self, prefilled: Cache, lengths: Sequence[int]) -> None:
+        """Append one row per entry of `lengths`, copied from a prefilled cache.
+
+        Row `i` takes the cache's row `i`; where a layer was prefilled with one row, every new row takes that.
+        """
+        first = self.num_rows
+        self._reserve(first + len(lengths), max([*self.lengths, *lengths]) + 1)
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
+            for offset, length in enumerate(lengths):
+                layer.adopt(first + offset, source, offset, length)
+        self.num_rows += len(lengths)
+        self.lengths.extend(lengths)
+
+    def remove(self, row: int) -> None:
+        """Drop a row; the last row takes its place."""
+        last = self.num_rows - 1
+        if row != last:
+            for layer in self.layers:
+                layer.move(last, row)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self.num_rows = last
+        if not last:
+            for layer in self.layers:
+                layer.release()
+            self.capacity = (0, 0)
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Room for `rows` rows of `length` entries: grows by half, shrinks when three quarters lie idle."""
+        have_rows, have_length = self.capacity
+        enough = rows <= have_rows and length <= have_length
+        if enough and 4 * rows * length >= have_rows * have_length:
+            return
+        if not enough:
+            more_rows = have_rows if rows <= have_rows else max(rows, int(GROWTH * have_rows))
+            more = have_length if length <= have_length else max(length, int(GROWTH * have_length))
+            more = -(-more // LENGTH_STEP) * LENGTH_STEP
+            if self.fits(more_rows, more):
+                rows, length = more_rows, more
+        self.capacity = (rows, length)
+        for layer in self.layers:
+            layer.resize(rows, length)
+
+    # --- a step
+
+    def begin(self, num_new: int = 1) -> Tensor:
+        """Start a step that writes `num_new` entries at the end of every row; their positions `[B, T]`."""
+        longest = max(self.lengths) + num_new
+        self._reserve(self.num_rows, longest)
+        self.span = longest
+        start = torch.tensor(self.lengths, dtype=torch.long)
+        self.positions_BT = (start[:, None] + torch.arange(num_new)).to(self.device, non_blocking=True)
+        self.rows_B1 = torch.arange(self.num_rows, device=self.device)[:, None]
+        for layer in self.layers:
+            if isinstance(layer, _StateRows):
+                layer.begin()
+        return self.positions_BT
+
+    def advance(self, num_new: Sequence[int] | int = 1) -> None:
+        """Keep the step's entries: as many per row as given; what lies beyond is overwritten by the next step."""
+        steps = [num_new] * self.num_rows if isinstance(num_new, int) else num_new
+        self.lengths = [length + step for length, step in zip(self.lengths, steps, strict=True)]
+
+    def masks(self, dtype: torch.dtype) -> Tensor | dict[str, Tensor | None] | None:
+        """What each new position may see, in the form the decoder takes: per kind of layer, or for all layers.
+
+        Boolean `[B, 1, T, S]`, or additive where attention is eager. `None` where every row sees all entries.
+        """
+        kinds = set(self.kinds)
+        made: dict[str, Tensor | None] = {kind: self._mask(kind, dtype) for kind in kinds}
+        if getattr(self.config, "layer_types", None) is not None:
+            return made
+        return made[kinds.pop()]
+
+    def _mask(self, kind: str, dtype: torch.dtype) -> Tensor | None:
+        if kind == "linear_attention":
+            return None
+        window = self.config.sliding_window if kind == "sliding_attention" else None
+        num_new = self.positions_BT.shape[1]
+        same = min(self.lengths) + num_new == self.span
+        if num_new == 1 and same and (window is None or self.span <= window):
+            return None
+        entries_S = torch.arange(self.span, device=self.device)
+        positions_BT1 = self.positions_BT[:, :, None]
+        seen_BTS = entries_S <= positions_BT1
+        if window is not None:
+            seen_BTS &= entries_S > positions_BT1 - window
+        seen = seen_BTS[:, None]
+        if self.config._attn_implementation == "eager":
+            return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return seen
+
+    def snapshot(self) -> list[Any]:
+        """Copies of all linear-attention states, which can't be cropped as keys and values can."""
+        return [layer.snapshot() if isinstance(layer, _StateRows) else None for layer in self.layers]
+
+    def restore(self, states: list[Any], rows_B: Tensor | None = None) -> None:
+        """Write linear-attention states back, everywhere or where `rows_B` is True."""
+        for layer, state in zip(self.layers, states, strict=True):
+            if isinstance(layer, _StateRows):
+                layer.restore(state, rows_B)
+
+    def num_bytes(self) -> int:
+        """Memory held by all layers."""
+        return sum(layer.num_bytes() for layer in self.layers)

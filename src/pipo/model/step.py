@@ -1,0 +1,280 @@
+"""The pair step: prefill a prompt, or read the last pair; write token 1, judge the draft, write token 2. Section 3.3.
+
+Used by `model.generate`, by the engine, and (its parts) by the baselines. Nothing here waits for the device except where
+it says so.
+
+Shape legend: B rows, L positions (pairs, or tokens of a regular model), T slots, H width, V vocabulary, K alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from pipo.model.backbone import Backbone, LayerCall
+from pipo.model.cache import RowCache, prefill_cache
+from pipo.model.modeling import PipoForCausalLM
+from pipo.model.sampling import (
+    TOKEN1,
+    TOKEN2,
+    SamplingBatch,
+    TokenHistory,
+    TokenLogprobs,
+    process_logits,
+    sample,
+    token_logprobs,
+)
+from pipo.pairing import MTP_INPUTS, accept
+
+NO_DRAFT = -1
+
+
+class Drafter(Protocol):
+    """A backbone, a head and an MTP block: what `PipoForCausalLM` and `BaseForCausalLM` have in common."""
+
+    backbone: Backbone
+
+    def run_backbone(
+        self,
+        latents_BLH: Tensor,
+        position_ids_BL: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        cache: Cache | None = None,
+        /,
+    ) -> tuple[Tensor, LayerCall]: ...
+
+    def run_mtp(
+        self, token1_BL: Tensor, hidden_BLH: Tensor, call: LayerCall, cache: Cache | None = None, /
+    ) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Rows:
+    """What sampling knows about the rows of a step."""
+
+    batch: SamplingBatch
+    history: TokenHistory | None
+    """Tokens used so far; updated by the step. `None` where no row has penalties."""
+    position_B: Tensor
+    """int64: each row's number of steps before this one. With the row's seed it decides the draw."""
+    num_tokens_B: Tensor | None
+    """int64: visible tokens before this step; needed where a row uses min-tokens."""
+    records: tuple[int, ...] = ()
+    """Rows that asked for their pair records: their draft is always drawn."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to return; `None` where nobody asks for log-probabilities."""
+        wanted = self.batch.max_logprobs
+        return 0 if wanted is None and self.records else wanted
+
+    def draw(self, logits_BV: Tensor, slot: int) -> tuple[Tensor, TokenLogprobs | None]:
+        """One token per row, and its log-probabilities under the raw logits where somebody asks."""
+        num_tokens_B = None if self.num_tokens_B is None else self.num_tokens_B + (slot == TOKEN2)
+        processed_BV = process_logits(logits_BV, self.batch, self.history, num_tokens_B)
+        token_B = sample(processed_BV, self.batch, self.position_B, slot)
+        num = self.num_logprobs
+        return token_B, None if num is None else token_logprobs(logits_BV, token_B, num)
+
+    def count(self, token_B: Tensor, mask_B: Tensor | None = None) -> None:
+        """Enter drawn tokens into the history."""
+        if self.history is not None:
+            self.history.add(token_B, mask_B)
+
+
+class PairResult(NamedTuple):
+    """One step's pairs, on the device."""
+
+    token1_B: Tensor
+    """int64."""
+    draft_B: Tensor
+    """int64, `NO_DRAFT` where none was drawn."""
+    confidence_B: Tensor
+    """float32, NaN where the MTP block was not run."""
+    committed_B: Tensor
+    """bool."""
+    logprobs1: TokenLogprobs | None
+    logprobs2: TokenLogprobs | None
+
+
+def write_pair(
+    model: PipoForCausalLM, hidden_BH: Tensor, rows: Rows, run_mtp: Callable[[Tensor], Tensor] | None
+) -> PairResult:
+    """From the last pair's hidden state to the next pair: token 1, MTP, gate, token 2.
+
+    Args:
+        run_mtp: from token 1 `[B]` to `d [B, H]`, filling the MTP block's cache; `None` where no row can commit a draft.
+    """
+    token1_B, logprobs1 = rows.draw(model.head(hidden_BH), TOKEN1)
+    rows.count(token1_B)
+    if run_mtp is None:
+        none_B = torch.full_like(token1_B, NO_DRAFT)
+        nan_B = torch.full(token1_B.shape, torch.nan, device=token1_B.device)
+        return PairResult(token1_B, none_B, nan_B, torch.zeros_like(token1_B, dtype=torch.bool), logprobs1, None)
+    mtp_hidden_BH = run_mtp(token1_B)
+    confidence_B = model.confidence(hidden_BH, mtp_hidden_BH)
+    committed_B = accept(confidence_B, rows.batch.threshold_B)
+    logits2_BV, drawn_B = _second_head(model, mtp_hidden_BH, committed_B, rows.records)
+    if logits2_BV is None:
+        none_B = torch.full_like(token1_B, NO_DRAFT)
+        return PairResult(token1_B, none_B, confidence_B, committed_B, logprobs1, None)
+    draft_B, logprobs2 = rows.draw(logits2_BV, TOKEN2)
+    rows.count(draft_B, committed_B)
+    if drawn_B is not None:
+        draft_B = draft_B.masked_fill(~drawn_B, NO_DRAFT)
+    return PairResult(token1_B, draft_B, confidence_B, committed_B, logprobs1, logprobs2)
+
+
+def _second_head(
+    model: PipoForCausalLM, mtp_hidden_BH: Tensor, committed_B: Tensor, records: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of token 2 and for which rows they hold (`None`: all). Rejected drafts that nobody wants cost nothing.
+
+    Looking at the gate would stall a GPU, so there the head is run for all rows.
+    """
+    if mtp_hidden_BH.device.type != "cpu":
+        return model.head(mtp_hidden_BH), None
+    wanted_B = committed_B.clone()
+    wanted_B[list(records)] = True
+    num_wanted = int(wanted_B.sum())
+    if num_wanted == 0:
+        return None, wanted_B
+    if num_wanted == len(wanted_B):
+        return model.head(mtp_hidden_BH), None
+    some_NV = model.head(mtp_hidden_BH[wanted_B])
+    return some_NV.new_zeros(len(wanted_B), some_NV.shape[-1]).index_put((wanted_B,), some_NV), wanted_B
+
+
+# --- prefill ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prefilled:
+    """Prompts that went through the backbone: right-padded rows, of which only `lengths` positions count."""
+
+    model: Drafter
+    cache: Cache
+    hidden_BLH: Tensor
+    call: LayerCall
+    following_BL: Tensor
+    """What the MTP block reads at each position: the token 1 that follows it. The last one is not known yet."""
+    lengths: list[int]
+
+    @property
+    def last_hidden_BH(self) -> Tensor:
+        """`h` of each prompt's last position."""
+        return self.hidden_BLH[range(len(self.lengths)), [n - 1 for n in self.lengths]]
+
+    def share(self, num_rows: int) -> None:
+        """Let one prefilled prompt serve `num_rows` samples."""
+        assert len(self.lengths) == 1
+        self.hidden_BLH = self.hidden_BLH.expand(num_rows, -1, -1)
+        self.following_BL = self.following_BL.repeat(num_rows, 1)
+        self.lengths = self.lengths * num_rows
+
+    def run_mtp(self, token1_B: Tensor) -> Tensor:
+        """Run the MTP block over **all** positions, which fills its cache; `d [B, H]` of each prompt's last one."""
+        rows, last = range(len(self.lengths)), [n - 1 for n in self.lengths]
+        self.following_BL[rows, last] = token1_B
+        mtp_hidden_BLH = self.model.run_mtp(self.following_BL, self.hidden_BLH, self.call, self.cache)
+        return mtp_hidden_BLH[rows, last]
+
+
+def prefill_pairs(model: PipoForCausalLM, slots: Sequence[Sequence[int]]) -> Prefilled:
+    """Run the backbone over prompts given as slots (each of even length, not empty)."""
+    longest = max(len(row) for row in slots)
+    padded = [[*row, *[0] * (longest - len(row))] for row in slots]
+    slots_BT = torch.tensor(padded, dtype=torch.long, device=model.device)
+    following_BL = torch.cat([slots_BT[:, MTP_INPUTS], slots_BT[:, :1]], dim=1)
+    return _prefill(model, model.compress(slots_BT), following_BL, [len(row) // 2 for row in slots])
+
+
+def prefill_tokens(model: Drafter, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefilled:
+    """Run a regular model's backbone over prompts of tokens."""
+    longest = max(len(row) for row in prompts)
+    ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in prompts], dtype=torch.long, device=device)
+    return _prefill(model, model.embed(ids_BT), ids_BT.roll(-1, dims=1), [len(row) for row in prompts])
+
+
+def _prefill(model: Drafter, inputs_BLH: Tensor, following_BL: Tensor, lengths: list[int]) -> Prefilled:
+    # Rows end in padding, which no earlier position attends to: the decoder's own causal masks are all it takes.
+    cache = prefill_cache(model.backbone.config)
+    positions_1L = torch.arange(inputs_BLH.shape[1], device=inputs_BLH.device)[None]
+    hidden_BLH, call = model.run_backbone(inputs_BLH, positions_1L, None, cache)
+    return Prefilled(model, cache, hidden_BLH, call, following_BL, lengths)
+
+
+# --- decode -------------------------------------------------------------------------------------------
+
+
+def read_pairs(model: PipoForCausalLM, slots_B2: Tensor, cache: RowCache) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Read each row's last pair: `h [B, H]`, and how to run the MTP block after it (for :func:`write_pair`)."""
+    positions_B1 = cache.begin()
+    latents_B1H = model.compress(slots_B2)
+    hidden_B1H, call = model.run_backbone(latents_B1H, positions_B1, cache.masks(latents_B1H.dtype), cache)
+
+    def run_mtp(token1_B: Tensor) -> Tensor:
+        return model.run_mtp(token1_B[:, None], hidden_B1H, call, cache)[:, 0]
+
+    return hidden_B1H[:, 0], run_mtp
+
+
+# --- to the host --------------------------------------------------------------------------------------
+
+
+class HostPairs(NamedTuple):
+    """A `PairResult` as Python values, one entry per row."""
+
+    token1: list[int]
+    draft: list[int | None]
+    confidence: list[float | None]
+    committed: list[bool]
+    logprob1: list[float | None]
+    logprob2: list[float | None]
+    top1: list[list[tuple[int, float]]]
+    top2: list[list[tuple[int, float]]]
+
+
+def fetch(result: PairResult) -> HostPairs:
+    """Bring a step's result to the host: **the one synchronisation of a step**, in one copy.
+
+    Token ids travel as float64, which holds them exactly.
+    """
+    columns = [result.token1_B, result.draft_B, result.committed_B, result.confidence_B]
+    for logprobs in (result.logprobs1, result.logprobs2):
+        if logprobs is not None:
+            columns += [logprobs.chosen_B, *logprobs.top_ids_BK.unbind(1), *logprobs.top_BK.unbind(1)]
+    table = torch.stack([column.double() for column in columns]).cpu().tolist()
+    num_rows, cursor = len(table[0]), 4
+    confidence = [None if value != value else float(value) for value in table[3]]
+    chosen: list[list[float | None]] = []
+    tops: list[list[list[tuple[int, float]]]] = []
+    for logprobs in (result.logprobs1, result.logprobs2):
+        if logprobs is None:
+            chosen.append([None] * num_rows)
+            tops.append([[] for _ in range(num_rows)])
+            continue
+        k = logprobs.top_BK.shape[1]
+        chosen.append(table[cursor])
+        ids, values = table[cursor + 1 : cursor + 1 + k], table[cursor + 1 + k : cursor + 1 + 2 * k]
+        tops.append([[(int(ids[j][b]), values[j][b]) for j in range(k)] for b in range(num_rows)])
+        cursor += 1 + 2 * k
+    return HostPairs(
+        [int(value) for value in table[0]],
+        [None if value == NO_DRAFT else int(value) for value in table[1]],
+        confidence,
+        [bool(value) for value in table[2]],
+        chosen[0],
+        chosen[1],
+        tops[0],
+        tops[1],
+    )
