@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipo import pairing
 from pipo.errors import PairingError
-from pipo.pairing import IGNORE_INDEX, Pair, Slots
+from pipo.pairing import IGNORE_INDEX, Pair, Slots, TokenCounts
 
 PAD = 99
 # PAD's id is among them: it is an ordinary entry of the vocabulary, which a model may sample.
@@ -240,3 +240,23 @@ def test_teacher_and_student_are_compared_on_the_same_next_token(example):
         assert tokens[second] == example.ids[2 * i + 2]
         if not example.filler[2 * i + 3]:
             assert tokens[second + 1] == example.ids[2 * i + 3]
+
+
+# --- counts -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from(["committed", "rejected", "cut off"]), max_size=20))
+def test_counts_are_of_tokens_that_a_user_sees(outcomes):
+    """Counting slots would make "32K" mean 64K token slots for PIPO and 32K for the baseline."""
+    counts = TokenCounts()
+    for outcome in outcomes:
+        committed = outcome == "committed"
+        counts.add_pair(num_tokens=1 + committed, judged=outcome != "cut off", committed=committed)
+    num_committed, num_pairs = outcomes.count("committed"), len(outcomes)
+    assert counts == TokenCounts(num_pairs + num_committed, num_pairs, num_committed, outcomes.count("rejected"))
+    if outcomes:
+        assert counts.commit_rate == num_committed / num_pairs
+        assert counts.tokens_per_step == pytest.approx(1 + counts.commit_rate)
+    else:
+        assert math.isnan(counts.commit_rate)
+        assert math.isnan(counts.tokens_per_step)
