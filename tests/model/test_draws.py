@@ -21,6 +21,7 @@ from pipo.model.sampling import (
     token_logprobs,
     uniform,
 )
+from pipo.model.sampling_batch import splitmix64
 
 torch.set_num_threads(1)
 
@@ -32,25 +33,35 @@ def batch_of(*params, vocab_size=16, seeds=None):
 # --- randomness -----------------------------------------------------------------------------------------
 
 
+def keys(*seeds):
+    return torch.tensor([splitmix64(seed) for seed in seeds])
+
+
 def test_the_hash_is_splitmix64():
     """Known first outputs for seeds 0 and 1234567: products must wrap and shifts must not copy the sign."""
-    outputs = sampling._splitmix64_tensor(torch.tensor([0, 1234567, -5]))
-    assert [x % 2**64 for x in outputs.tolist()][:2] == [0xE220A8397B1DCDAF, 6457827717110365317]
-    assert outputs[2].item() == sampling._splitmix64(-5)
+    known = {0: 0xE220A8397B1DCDAF, 1234567: 6457827717110365317}
+    for seed, output in known.items():
+        assert splitmix64(seed) % 2**64 == output
+        assert uniform(torch.tensor([seed]), 0, 0).item() == (output >> 11) * 2.0**-53
+    position, slot = torch.tensor([5, 6]), 3
+    expected = [(splitmix64(key ^ (8 * p + 3)) % 2**64 >> 11) * 2.0**-53 for key, p in ((-9, 5), (2**62, 6))]
+    assert uniform(torch.tensor([-9, 2**62]), position, slot).tolist() == expected
 
 
 def test_uniforms_are_uniform_and_unrelated():
-    seeds = torch.arange(20_000)
-    first, second = uniform(seeds, 0, TOKEN1), uniform(seeds, 0, TOKEN2)
-    later = uniform(seeds, torch.ones_like(seeds), TOKEN1)
-    along = uniform(torch.full((20_000,), 7), torch.arange(20_000), TOKEN1)
-    for values in (first, second, later, along):
+    """Over seeds 0, 1, 2, … as users choose them, over positions, and between the slots of a step."""
+    many = keys(*range(20_000))
+    first, second = uniform(many, 0, TOKEN1), uniform(many, 0, TOKEN2)
+    later = uniform(many, torch.ones_like(many), TOKEN1)
+    along = uniform(keys(7).expand(20_000), torch.arange(20_000), TOKEN1)
+    beside = uniform(keys(7).expand(20_000), torch.arange(20_000), TOKEN2)
+    for values in (first, second, later, along, beside):
         assert values.min() >= 0
         assert values.max() < 1
         counts = torch.histc(values.float(), 20, 0, 1)
         assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
-    for other in (second, later, along):
-        assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 0.03
+    for one, other in ((first, second), (first, later), (first, along), (along, beside), (along[1:], along[:-1])):
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.03
 
 
 def test_samples_of_one_request_have_seeds_of_their_own():
@@ -59,8 +70,8 @@ def test_samples_of_one_request_have_seeds_of_their_own():
 
 
 def test_seeds_of_any_size_are_taken():
-    batch = batch_of(*[SamplingParams()] * 3, seeds=[2**63, -(2**63), 2**64 + 1])
-    assert batch.seed_B.tolist() == [-(2**63), -(2**63), 1]
+    batch = batch_of(*[SamplingParams()] * 4, seeds=[2**63, -(2**63), 2**64 + 1, 1])
+    assert batch.key_B.tolist() == keys(2**63, 2**63, 1, 1).tolist()
 
 
 # --- the draw -------------------------------------------------------------------------------------------
@@ -166,7 +177,7 @@ def test_verification_is_lossless(seed):
 
 def test_equal_distributions_accept_every_draft():
     p = torch.softmax(torch.randn(1000, 6, generator=torch.Generator().manual_seed(0)), -1)
-    seeds = torch.arange(1000)
+    seeds = keys(*range(1000))
     drafts = sampling._draw(p, uniform(seeds, 0, TOKEN2))
     verdict = speculative_verify(p, p, drafts, uniform(seeds, 0, VERIFY), uniform(seeds, 0, RESIDUAL))
     assert verdict.accepted_B.all()

@@ -247,6 +247,6 @@ def test_nothing_waits_for_the_device():
     tokens = sample(processed, batch, position, TOKEN1)
     history.add(tokens, tokens > 0)
     p = probabilities(processed, batch)
-    u = uniform(batch.seed_B, position, VERIFY)
+    u = uniform(batch.key_B, position, VERIFY)
     assert speculative_verify(p, p, tokens, u, u).replacement_B.shape == (3,)
     assert token_logprobs(logits, tokens, 2).top_BK.shape == (3, 2)

@@ -217,8 +217,8 @@ class SpeculativeRunner(BaseRunner):
             probabilities(target_BV, batch),
             self._draft_probabilities_BV,
             self._draft_B,
-            uniform(batch.seed_B, position_B, VERIFY),
-            uniform(batch.seed_B, position_B, RESIDUAL),
+            uniform(batch.key_B, position_B, VERIFY),
+            uniform(batch.key_B, position_B, RESIDUAL),
         )
         accepted_B = verdict.accepted_B
         token1_B = torch.where(accepted_B, self._draft_B, verdict.replacement_B)

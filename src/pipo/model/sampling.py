@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipo.model.sampling_batch import SamplingBatch, SamplingSettings, TokenHistory, signed64
+from pipo.model.sampling_batch import (
+    SPLITMIX64,
+    SamplingBatch,
+    SamplingSettings,
+    TokenHistory,
+    signed64,
+    splitmix64,
+)
 
 __all__ = [
     "BONUS",
@@ -157,7 +164,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch, position: Tensor | int, slot
     """
     if batch.all_greedy:
         return logits_BV.argmax(-1)
-    drawn_B = _draw(logits_BV.softmax(-1, dtype=torch.float32), uniform(batch.seed_B, position, slot))
+    drawn_B = _draw(logits_BV.softmax(-1, dtype=torch.float32), uniform(batch.key_B, position, slot))
     return torch.where(batch.greedy_B, logits_BV.argmax(-1), drawn_B) if batch.any_greedy else drawn_B
 
 
@@ -184,37 +191,25 @@ def _draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def derive_seed(seed: int, index: int) -> int:
     """Seed of sample `index` of a request: the request's own for the first, unrelated ones for the others."""
-    return seed if index == 0 else _splitmix64(_splitmix64(seed) ^ index)
+    return seed if index == 0 else splitmix64(splitmix64(seed) ^ index)
 
 
-def uniform(seed_B: Tensor, position: Tensor | int, slot: int) -> Tensor:
-    """float64 `[B]` in [0, 1): a hash of seed, position and slot. Stateless, the same on every device."""
-    bits_B = _splitmix64_tensor(_splitmix64_tensor(_splitmix64_tensor(seed_B) ^ position) ^ slot)
-    return _shift_right(bits_B, 11).double() * 2.0**-53
-
-
-_GAMMA, _MIX1, _MIX2 = (signed64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _splitmix64_tensor(x: Tensor) -> Tensor:
-    """One output of SplitMix64 (Steele et al., 2014) per int64 element; products wrap."""
-    x = x + _GAMMA
+def uniform(key_B: Tensor, position: Tensor | int, slot: int) -> Tensor:
+    """float64 `[B]` in [0, 1): a hash of the row's key, position and slot. Stateless, the same on every device."""
+    x = (key_B ^ (position * _SLOTS + slot)) + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _MIX1
     x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 11).double() * 2.0**-53
+
+
+_SLOTS = 8
+_GAMMA, _MIX1, _MIX2 = (signed64(c) for c in SPLITMIX64)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift without copying the sign."""
+    """Shift without copying the sign. Products of int64 wrap, as the hash wants."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _splitmix64(number: int) -> int:
-    mask = 2**64 - 1
-    x = (number + _GAMMA) & mask
-    x = ((x ^ (x >> 30)) * _MIX1) & mask
-    x = ((x ^ (x >> 27)) * _MIX2) & mask
-    return signed64(x ^ (x >> 31))
 
 
 # --- speculative decoding -----------------------------------------------------------------------------

@@ -75,8 +75,8 @@ class SamplingBatch:
     repetition_B: Tensor
     threshold_B: Tensor
     """τ of the gate."""
-    seed_B: Tensor
-    """int64, the low 64 bits of each seed."""
+    key_B: Tensor
+    """int64, a hash of each row's seed: what its draws are made from."""
     top_k_B: Tensor
     """int64 in 1 … V; V is off."""
     greedy_B: Tensor
@@ -125,7 +125,7 @@ class SamplingBatch:
 
         Args:
             params: the parameters of each row.
-            seeds: the seed of each row, any integer.
+            seeds: the seed of each row, any integer (its low 64 bits count).
             vocab_size: V of the logits.
             device: where the logits will be.
             stop_ids: per row the ids that min-tokens suppresses: the request's, and the model's unless ignored.
@@ -138,15 +138,15 @@ class SamplingBatch:
         penalised = tuple(i for i, p in enumerate(params) if _uses_penalties(p))
         to_sort = [i for i, (p, k) in enumerate(zip(top_p, top_k, strict=True)) if p < 1 and k == vocab_size]
         biases = [(i, token, bias) for i, p in enumerate(params) for token, bias in (p.logit_bias or {}).items()]
-        integers = [[signed64(seed) for seed in seeds], top_k, [int(p.greedy) for p in params]]
-        seed_B, top_k_B, greedy_B = to_device(torch.tensor(integers, dtype=torch.int64), device).unbind()
+        integers = [[splitmix64(seed) for seed in seeds], top_k, [int(p.greedy) for p in params]]
+        key_B, top_k_B, greedy_B = to_device(torch.tensor(integers, dtype=torch.int64), device).unbind()
         temperature = [1.0 if p.greedy else p.temperature for p in params]
         return cls(
             **_float_rows(params, [temperature, top_p, min_p], device),
             device=device,
             vocab_size=vocab_size,
             num_rows=len(params),
-            seed_B=seed_B,
+            key_B=key_B,
             top_k_B=top_k_B,
             greedy_B=greedy_B.bool(),
             penalised=penalised,
@@ -198,6 +198,20 @@ class TokenHistory:
 def signed64(number: int) -> int:
     """The low 64 bits of an integer, read as a signed number."""
     return ((number + 2**63) & (2**64 - 1)) - 2**63
+
+
+SPLITMIX64 = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""Increment and multipliers of SplitMix64 (Steele, Lea and Flood, 2014)."""
+
+
+def splitmix64(number: int) -> int:
+    """First output of SplitMix64 seeded with the low 64 bits of `number`, read as a signed number."""
+    gamma, mix1, mix2 = SPLITMIX64
+    mask = 2**64 - 1
+    x = (number + gamma) & mask
+    x = ((x ^ (x >> 30)) * mix1) & mask
+    x = ((x ^ (x >> 27)) * mix2) & mask
+    return signed64(x ^ (x >> 31))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
