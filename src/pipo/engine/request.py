@@ -135,7 +135,7 @@ class PairRecord:
 
     token1: int
     draft: int | None
-    """The token 2 that was drawn, committed or not; `None` where none was (MTP not run, or token 1 stopped)."""
+    """The token 2 that was drawn, committed or not; `None` where none was (MTP not run)."""
     confidence: float | None
     """c in [0, 1]; `None` where MTP was not run."""
     committed: bool
