@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -25,7 +25,6 @@ from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
 from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
 from pipo.model.config import PipoConfig
-from pipo.model.generation import PipoGenerationMixin
 from pipo.model.mtp import MtpBlock
 from pipo.pairing import MTP_INPUTS, TOKEN1_LABELS, TOKEN2_LABELS, pair_mask
 
@@ -49,7 +48,7 @@ class PipoOutput(ModelOutput):
     mtp_logits: Tensor | None = None
 
 
-class PipoForCausalLM(PipoGenerationMixin, PreTrainedModel):
+class PipoForCausalLM(PreTrainedModel):
     """A PIPO model around any supported decoder. Weights: `model.*`, `lm_head`, `compressor`, `mtp`, `confidence_head`."""
 
     config_class = PipoConfig
@@ -192,6 +191,48 @@ class PipoForCausalLM(PipoGenerationMixin, PreTrainedModel):
         output.confidence_loss = confidence_loss(confidence_logits[token2.supervised], token2.label_probability)
         output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss
         return output
+
+    # --- generation
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        threshold: float = 0.95,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """Generate after a batch of prompts, as Hugging Face's `generate` does, in pairs.
+
+        Args:
+            inputs: `[B, T]` token ids (also as `input_ids`), `T` odd or even: pairing is done here.
+            attention_mask: `[B, T]`, 0 where padded, on either side.
+            threshold: τ of the gate. ≤ 0 always commits, > 1 never.
+            streamer: gets the prompt, then each step's one or two new tokens; for a single row.
+            kwargs: `max_new_tokens` (20 by default), `max_length`, `min_new_tokens`, `do_sample`, `temperature`, `top_k`,
+                `top_p`, `min_p`, `repetition_penalty`, `num_return_sequences`, `eos_token_id`, `pad_token_id`,
+                `return_dict_in_generate`; they override `generation_config`. Draws follow `torch.manual_seed`.
+
+        Returns:
+            `[B·n, T + new]` ids, prompt included, right-padded; or a `PipoGenerateOutput`, which also counts pairs.
+
+        Raises:
+            ConfigError: an option that has no meaning here, by name. RequestError: no prompt, or one too long.
+        """
+        from pipo.model.generation import generate
+
+        return generate(
+            self,
+            inputs,
+            generation_config,
+            attention_mask=attention_mask,
+            threshold=threshold,
+            streamer=streamer,
+            **kwargs,
+        )
 
     # --- checkpoints
 
