@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, PAD, pipo_model
 
+from families import EOS, PAD, pipo_model
 from pipo import LLM, SamplingParams
 from pipo.errors import ConfigError, RequestError
 
