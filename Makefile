@@ -12,10 +12,11 @@ CORE := .venv/.installed-core
 DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint types docs clean
 
 demo: $(CORE)
-	$(BIN)/pipo demo $(ARGS)
+	$(BIN)/python -m pipo demo $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest
