@@ -104,9 +104,8 @@ def test_coloured_answers_say_the_same(run, pipo_folder):
 
 
 def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(pipo_folder, monkeypatch):
-    from pipo.engine.llm import LLM
-
     from pipo.cli.chat import Conversation
+    from pipo.engine.llm import LLM
     from pipo.engine.request import SamplingParams
 
     conversation = Conversation(LLM(pipo_folder), SamplingParams(max_tokens=60, ignore_eos=True, seed=1), None, False)

@@ -59,3 +59,37 @@ def test_a_family_without_the_authors_layout_is_refused(run, pipo_folder, tmp_pa
     result = run("export", str(pipo_folder), str(tmp_path / "out"))
     assert result.exit_code == 2
     assert "qwen3" in result.stderr
+
+
+def test_an_adapter_is_merged_and_gets_its_bases_tokenizer(run, base_folder, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pipo.model.modeling import PipoForCausalLM
+
+    adapter, out = tmp_path / "repository" / "adapter", tmp_path / "out"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base_folder)})
+    )
+    (adapter / "additional_config.json").write_text('{"compressor_type": "mlp"}')
+    start = PipoForCausalLM.from_base(base_folder).state_dict()
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {key: value for key, value in start.items() if key.startswith(("compressor.", "confidence_head."))}
+    tensors |= {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    save_file(
+        {f"base_model.model.{key}": value for key, value in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
+    result = run("export", adapter.parent, out, "--subfolder", "adapter", "--layout", "pipo")
+    assert result.exit_code == 0, result.output
+    merged = load_file(out / "model.safetensors")
+    assert torch.allclose(merged[f"{name}.weight"], start[f"{name}.weight"] + 2)
+    assert (out / "tokenizer.json").is_file()
+    options = ("--prompt", "ab", "--temperature", "0", "--max-tokens", "5", "--ignore-eos", "--json")
+    rows = [
+        run("generate", folder, *options, *more)
+        for folder, *more in ([out], [adapter.parent, "--subfolder", "adapter"])
+    ]
+    assert rows[0].exit_code == 0, rows[0].output
+    merged_ids, adapter_ids = (json.loads(row.stdout)[0]["token_ids"] for row in rows)
+    assert merged_ids == adapter_ids

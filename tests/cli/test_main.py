@@ -1,6 +1,7 @@
 """Exit statuses, and where output goes."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -82,3 +83,15 @@ def test_json_has_null_for_what_is_no_number(capsys):
     out = capsys.readouterr().out
     assert json.loads(out) == {"nan": None, "inf": [None], "pair": [1, "τ"]}
     assert "τ" in out
+
+
+def test_ctrl_c_ends_a_command_quietly(pipo_folder):
+    command = [sys.executable, "-m", "pipo", "chat", str(pipo_folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as chat:
+        said = [chat.stderr.readline() for _ in range(4)]
+        assert "/quit" in said[-1]
+        chat.send_signal(signal.SIGINT)
+        out, err = chat.communicate(timeout=60)
+    assert (chat.returncode, out, err) == (130, "", "")

@@ -18,6 +18,13 @@ def export(
     layout: Annotated[
         Layout, typer.Option(help="reference: the authors' layout. pipo: this project's, from any layout.")
     ] = Layout.REFERENCE,
+    subfolder: Annotated[str | None, typer.Option(help="Folder of the checkpoint within PATH.", metavar="NAME")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model of an adapter: a folder or a Hugging Face id.", show_default="the one it names"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a PIPO checkpoint in the authors' layout, or turn theirs into ours.
@@ -28,10 +35,10 @@ def export(
     with working(f"Loading {path}"):
         from pipo.model.modeling import PipoForCausalLM
 
-        model = PipoForCausalLM.from_pretrained(path)
+        model = PipoForCausalLM.from_pretrained(path, subfolder=subfolder, base=base)
     with working(f"Writing {out}"):
         save_model(model, out, layout)
-        has_tokenizer = save_tokenizer(path, out)
+        has_tokenizer = save_tokenizer(path, out, subfolder)
     if as_json:
         print_json({"out": out, "layout": str(layout), "tokenizer": has_tokenizer})
     else:

@@ -9,7 +9,7 @@ import typer
 from pipo.cli.options import Checkpoint, open_engine, sampling_params, takes_engine, takes_sampling
 from pipo.cli.prompts import Prompt, collect_prompts
 from pipo.cli.results import as_row, describe
-from pipo.cli.terminal import console, print_json, working
+from pipo.cli.terminal import console, print_json, progress, working
 
 if TYPE_CHECKING:
     from pipo.engine.llm import LLM
@@ -56,19 +56,18 @@ def generate(
     params = sampling_params(sampling, n=n, logprobs=logprobs, record_pairs=record_pairs)
     with working(f"Loading {path}"):
         llm = open_engine(path, engine)
-    if as_json:
-        with working(f"Generating from {len(prompts)} prompt(s)"):
-            outputs = llm.generate(prompts, params)
-        print_json([as_row(output) for output in outputs])
-    elif len(prompts) == n == 1:
+    if len(prompts) == n == 1 and not as_json:
         show_stream(llm, prompts[0], params)
-    else:
-        with working(f"Generating from {len(prompts)} prompt(s)"):
-            outputs = llm.generate(prompts, params)
-        for number, output in enumerate(outputs):
-            console().print(f"[bold]── prompt {number // n + 1}, sample {output.index + 1}[/bold]")
-            typer.echo(output.text)
-            console().print(f"[dim]{describe(output)}[/dim]")
+        return
+    with progress("Generating", len(prompts) * n) as advance:
+        outputs = llm.generate(prompts, params, on_finish=advance)
+    if as_json:
+        print_json([as_row(output) for output in outputs])
+        return
+    for number, output in enumerate(outputs):
+        console().print(f"[bold]── prompt {number // n + 1}, sample {output.index + 1}[/bold]")
+        typer.echo(output.text)
+        console().print(f"[dim]{describe(output)}[/dim]")
 
 
 def show_stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:

@@ -19,6 +19,7 @@ from pipo.errors import RequestError
 if TYPE_CHECKING:
     from pipo.engine.llm import LLM
 
+AUTO = "auto"
 Command = Callable[..., None]
 
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a Hugging Face id.")]
@@ -47,6 +48,7 @@ class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def _option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
@@ -85,8 +87,22 @@ ENGINE_OPTIONS = (
     _engine("method", Method, Method.PIPO, "How to decode. All but pipo run a base checkpoint, not a PIPO one."),
     _engine("device", Device, Device.AUTO, "Where to run. auto: the GPU where torch finds one, else the CPU."),
     _engine("dtype", Dtype, Dtype.AUTO, "Number format. auto: as the checkpoint says."),
-    _engine("max_num_seqs", int | None, None, "Most requests in one step.", show_default="the engine's"),
-    _engine("max_model_len", int | None, None, "Most pairs of a sequence.", show_default="the model's"),
+    _engine("subfolder", str | None, None, "Folder of the checkpoint within PATH.", metavar="NAME"),
+    _engine("max_num_seqs", int, 64, "Most samples that decode together."),
+    _engine(
+        "max_model_len",
+        int | None,
+        None,
+        "Most positions of a sample: pairs, or tokens where --method is not pipo.",
+        show_default="the model's",
+    ),
+    _engine(
+        "cache_budget_bytes",
+        int | None,
+        None,
+        "Most memory for caches.",
+        show_default="half of the free memory, or 85% of the GPU's",
+    ),
 )
 
 
@@ -140,13 +156,7 @@ def _parse_bias(text: str) -> tuple[int, float]:
 
 def open_engine(path: str, engine: dict[str, Any]) -> LLM:
     """The engine on checkpoint `path`, as the options say."""
-    import torch
-
     from pipo.engine.llm import LLM
 
-    device = str(engine["device"])
-    if device == Device.AUTO:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    limits = {name: engine[name] for name in ("max_num_seqs", "max_model_len") if engine[name] is not None}
-    dtype = None if engine["dtype"] == Dtype.AUTO else str(engine["dtype"])
-    return LLM(path, device=device, dtype=dtype, method=str(engine["method"]), **limits)
+    chosen: dict[str, Any] = {name: None if value == AUTO else value for name, value in engine.items()}
+    return LLM(path, **chosen)

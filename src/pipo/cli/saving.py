@@ -33,8 +33,10 @@ def save_model(model: PipoForCausalLM, out: Path, layout: Layout) -> None:
         model.save_pretrained(out)
 
 
-def save_tokenizer(source: str, out: Path) -> bool:
+def save_tokenizer(source: str, out: Path, subfolder: str | None = None) -> bool:
     """Copy the tokenizer, chat template and generation defaults of checkpoint `source`; False where it has no tokenizer."""
-    from pipo.model.files import copy_tokenizer, find_checkpoint
+    from pipo.model.adapter import tokenizer_home
+    from pipo.model.files import copy_tokenizer, find_checkpoint, has_tokenizer
 
-    return any(name.startswith("tokenizer.") for name in copy_tokenizer(find_checkpoint(source), out))
+    copy_tokenizer(tokenizer_home(find_checkpoint(source, subfolder)), out)
+    return has_tokenizer(out)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from pipo.errors import CheckpointError, RequestError
+from pipo.model.files import has_tokenizer
 
 Message = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     Raises:
         CheckpointError: there are tokenizer files, but they can't be read.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not has_tokenizer(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -23,6 +23,7 @@ from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
 from pipo.errors import CheckpointError, ConfigError, RequestError
+from pipo.model.adapter import tokenizer_home
 from pipo.model.base import BaseForCausalLM
 from pipo.model.checkpoint import is_pipo, load_pipo
 from pipo.model.convert import as_dtype
@@ -79,8 +80,9 @@ class LLM:
         else:
             folder = find_checkpoint(model, subfolder)
             self.model = _load(folder, method, device, dtype, attn_implementation)
-            self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder)
-            generation = read_json(folder / "generation_config.json") if _has_generation(folder) else {}
+            home = tokenizer_home(folder)
+            self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(home)
+            generation = read_json(home / "generation_config.json") if _has_generation(home) else {}
         text_config = self.model.backbone.config
         self.vocab_size = int(text_config.vocab_size)
         self.eos_token_ids = _ids(text_config.eos_token_id) | _ids(generation.get("eos_token_id"))
@@ -107,13 +109,17 @@ class LLM:
     # --- generating
 
     def generate(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        on_finish: Callable[[], None] | None = None,
     ) -> list[RequestOutput]:
         """Generate for one prompt or many, together.
 
         Args:
             prompts: each a text, `{"prompt_token_ids": […]}`, or chat messages (`[{"role": …, "content": …}]`).
             params: for all prompts, or one per prompt.
+            on_finish: called each time a sample finishes, for progress.
 
         Returns:
             Results, prompts × n, in order.
@@ -130,6 +136,8 @@ class LLM:
         def listen(sequence: Sequence, step: StepText) -> None:
             if sequence.finished:
                 pending.discard(id(sequence))
+                if on_finish is not None:
+                    on_finish()
 
         with self._lock:
             added: list[int] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipo.errors import CheckpointError, UnsupportedModelError
-from pipo.model.files import WeightFiles, key_error, read_json
+from pipo.model.files import WeightFiles, find_checkpoint, has_tokenizer, key_error, read_json
 from pipo.model.layout import module_name
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,6 +39,18 @@ class Adapter:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds a LoRA adapter and no whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def tokenizer_home(folder: Path) -> Path:
+    """The folder whose tokenizer goes with a checkpoint: an adapter that has none goes with its base's.
+
+    Raises:
+        CheckpointError: the adapter's base can't be had.
+    """
+    if not is_adapter(folder) or has_tokenizer(folder):
+        return folder
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return find_checkpoint(base) if base else folder
 
 
 def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:

@@ -182,6 +182,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder brings a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy the tokenizer, chat template and generation defaults of a checkpoint folder; the names copied."""
     copied = [name for name in TOKENIZER_FILES if (source / name).is_file()]

@@ -18,9 +18,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from pipo.errors import CheckpointError, UnsupportedModelError
 from pipo.model.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from pipo.model.backbone import text_config_of
-from pipo.model.checkpoint import check_weights, load_config
+from pipo.model.checkpoint import check_weights, is_pipo, load_config
 from pipo.model.convert import load_base
-from pipo.model.files import TOKENIZER_FILES, WEIGHTS, WeightFiles, read_json
+from pipo.model.files import WEIGHTS, WeightFiles, has_tokenizer, read_json
 from pipo.model.layout import is_vision, module_name
 
 Kind = Literal["pipo", "reference", "adapter", "base"]
@@ -117,12 +117,10 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
     """
     if is_adapter(folder):
         return _inspect_adapter(folder)
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") == "pipo":
-        return _inspect_pipo(folder, "pipo")
-    if any(str(name).endswith("PIPO") for name in raw.get("architectures") or []):
-        return _inspect_pipo(folder, "reference")
-    return _inspect_base(folder)
+    if not is_pipo(folder):
+        return _inspect_base(folder)
+    is_ours = read_json(folder / "config.json").get("model_type") == "pipo"
+    return _inspect_pipo(folder, "pipo" if is_ours else "reference")
 
 
 def _inspect_pipo(folder: Path, kind: Kind) -> CheckpointReport:
@@ -176,7 +174,5 @@ def _finish(report: CheckpointReport, files: _WatchedFiles) -> CheckpointReport:
     order = [*PARTS.values(), "vision", "other"]
     report.num_parameters = {part: report.num_parameters[part] for part in order if part in report.num_parameters}
     report.has_mtp = "mtp" in report.num_parameters
-    report.has_tokenizer = any(
-        (report.folder / name).is_file() for name in TOKENIZER_FILES if name.startswith("tokenizer.")
-    )
+    report.has_tokenizer = has_tokenizer(report.folder)
     return report
