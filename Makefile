@@ -18,8 +18,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
 
+# Tiny models: more threads only wait for each other.
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(DEV)
 	$(BIN)/ruff check .
