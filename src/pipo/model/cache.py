@@ -111,19 +111,19 @@ class _KeyValueRows(CacheLayerMixin):
                 new[:r, :, :c] = old[:r, :, :c]
                 setattr(self, name, new)
 
-    def adopt(self, row: int, source: DynamicLayer, source_row: int, length: int) -> None:
-        """Copy a prefilled row's first `length` entries into `row` and clear the rest of it."""
-        if not source.is_initialized:  # the MTP block was not run: no draft of this row is ever wanted
+    def adopt(self, rows: slice, source: DynamicLayer) -> None:
+        """Copy a prefill's entries into `rows` and clear what lies beyond."""
+        if not source.is_initialized:  # the MTP block was not run: no draft of these rows is ever wanted
             if self.keys is not None and self.values is not None:
-                self.keys[row].zero_()
-                self.values[row].zero_()
+                self.keys[rows] = 0
+                self.values[rows] = 0
             return
         if self.keys is None:
             self.lazy_initialization(source.keys, source.values)
         for target, tensor in ((self.keys, source.keys), (self.values, source.values)):
             assert target is not None
-            target[row, :, :length] = tensor[min(source_row, tensor.shape[0] - 1), :, :length]
-            target[row, :, length:] = 0
+            target[rows, :, : tensor.shape[2]] = tensor
+            target[rows, :, tensor.shape[2] :] = 0
 
     def move(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`."""
@@ -173,8 +173,8 @@ class _StateRows(LinearAttentionLayer):
             new[:r] = old[:r]
             self._all[key] = new
 
-    def adopt(self, row: int, source: LinearAttentionLayer, source_row: int, length: int) -> None:
-        """Copy a prefilled row's states into `row`."""
+    def adopt(self, rows: slice, source: LinearAttentionLayer) -> None:
+        """Copy a prefill's states into `rows`."""
         for index in range(self.number_of_states):
             self.conv_kernel_size[index] = source.conv_kernel_size[index]
             self.has_previous_state[index] = source.has_previous_state[index]
@@ -188,7 +188,7 @@ class _StateRows(LinearAttentionLayer):
                 if (name, index) not in self._all:
                     self._all[name, index] = state.new_zeros(self.owner.capacity[0], *state.shape[1:])
                     self.dtype, self.device = state.dtype, state.device
-                self._all[name, index][row] = state[min(source_row, state.shape[0] - 1)]
+                self._all[name, index][rows] = state
                 ready[index] = True
 
     def move(self, source: int, target: int) -> None:
@@ -258,12 +258,11 @@ class RowCache(Cache):
 
         Row `i` takes the cache's row `i`; where a layer was prefilled with one row, every new row takes that.
         """
-        first = self.num_rows
-        self._reserve(first + len(lengths), max([*self.lengths, *lengths]) + 1)
+        rows = slice(self.num_rows, self.num_rows + len(lengths))
+        self._reserve(rows.stop, max([*self.lengths, *lengths]) + 1)
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            for offset, length in enumerate(lengths):
-                layer.adopt(first + offset, source, offset, length)
-        self.num_rows += len(lengths)
+            layer.adopt(rows, source)
+        self.num_rows = rows.stop
         self.lengths.extend(lengths)
 
     def remove(self, row: int) -> None:
