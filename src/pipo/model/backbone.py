@@ -90,13 +90,13 @@ def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype | None, attenti
 
 
 class Backbone:
-    """A view of a decoder and its head: not a module, it owns no weights.
+    """A view of a decoder: not a module, it owns no weights. The head is the model's, which may replace it.
 
     Raises:
         UnsupportedModelError: the decoder is not a stack of layers that PIPO can run and copy the kind of.
     """
 
-    def __init__(self, decoder: Any, lm_head: Any, config: PreTrainedConfig) -> None:
+    def __init__(self, decoder: Any, config: PreTrainedConfig) -> None:
         refuse_unsupported(config)
         for part in ("layers", "norm"):
             if not hasattr(decoder, part):
@@ -104,7 +104,6 @@ class Backbone:
                     f"PIPO does not support the family {config.model_type!r}: its decoder has no `{part}`"
                 )
         self.decoder = decoder
-        self.lm_head = lm_head
         self.config = config
         self.hidden_size = int(config.hidden_size)
         self.num_layers = len(decoder.layers)
@@ -164,10 +163,6 @@ class Backbone:
             )
         return out.last_hidden_state, calls[-1]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., H]`: the output map, with the family's logit scale or soft cap."""
-        return self.scale_logits(self.lm_head(hidden))
-
     def scale_logits(self, logits: Tensor) -> Tensor:
         """The family's logit scale and soft cap, applied to what the head matrix gives."""
         if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # granite
@@ -179,16 +174,17 @@ class Backbone:
         return logits
 
     def check_output_map(self, causal_lm: Any) -> None:
-        """Compare :meth:`head` with the family's own forward on one token.
+        """Compare head and :meth:`scale_logits` with the family's own forward on two tokens.
 
         Raises:
             UnsupportedModelError: the family maps hidden states to logits in a way that PIPO does not know.
         """
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.lm_head.weight.device)
+        head = causal_lm.get_output_embeddings()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
         with torch.no_grad():
             expected = causal_lm(input_ids=ids, use_cache=False).logits.float()
             hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            got = self.head(hidden).float()
+            got = self.scale_logits(head(hidden)).float()
         if not torch.allclose(got, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max().clamp_min(1e-6))):
             raise UnsupportedModelError(
                 f"PIPO does not support the family {self.config.model_type!r}: its output map is more than a head with a "

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
@@ -35,7 +36,7 @@ class BaseForCausalLM(nn.Module):
         self.config: PreTrainedConfig = causal_lm.config
         self.model = cast(nn.Module, causal_lm.get_decoder())
         self.lm_head = cast(nn.Module, causal_lm.get_output_embeddings())
-        self.backbone = Backbone(self.model, self.lm_head, self.config)
+        self.backbone = Backbone(self.model, self.config)
         self.mtp: MtpBlock | None = None
         if mtp:
             weight = cast(Tensor, self.lm_head.weight)
@@ -110,7 +111,7 @@ class BaseForCausalLM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
-        return self.backbone.head(hidden)
+        return self.backbone.scale_logits(self.lm_head(hidden))
 
     def forward(
         self,
@@ -136,10 +137,14 @@ class BaseForCausalLM(nn.Module):
             if return_logits:
                 output.mtp_logits = self.head(output.mtp_hidden)
         if labels is not None:
-            output.backbone_loss = output.loss = cross_entropy(hidden[:, :-1], self.head, labels[:, 1:]).mean
+            next_BT, beyond_BT = labels[:, 1:], F.pad(labels[:, 2:], (0, 1), value=IGNORE_INDEX)
+            if attention_mask is not None:  # left padding predicts nothing
+                absent_BT = ~attention_mask[:, :-1].bool()
+                next_BT = next_BT.masked_fill(absent_BT, IGNORE_INDEX)
+                beyond_BT = beyond_BT.masked_fill(absent_BT, IGNORE_INDEX)
+            output.backbone_loss = output.loss = cross_entropy(hidden[:, :-1], self.head, next_BT).mean
             if output.mtp_hidden is not None:
-                beyond = torch.cat([labels[:, 2:], labels.new_full((labels.shape[0], 1), IGNORE_INDEX)], dim=1)
-                output.mtp_loss = cross_entropy(output.mtp_hidden, self.head, beyond).mean
+                output.mtp_loss = cross_entropy(output.mtp_hidden, self.head, beyond_BT).mean
                 output.loss = output.backbone_loss + mtp_weight * output.mtp_loss
         return output
 

@@ -26,7 +26,7 @@ from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
 from pipo.model.config import PipoConfig
 from pipo.model.mtp import MtpBlock
-from pipo.pairing import MTP_INPUTS, TOKEN1_LABELS, TOKEN2_LABELS, pair_mask
+from pipo.pairing import IGNORE_INDEX, MTP_INPUTS, TOKEN1_LABELS, TOKEN2_LABELS, pair_mask
 
 
 @dataclass
@@ -77,7 +77,7 @@ class PipoForCausalLM(PreTrainedModel):
         config._attn_implementation = attention
         self.model = causal_lm.get_decoder()
         self.lm_head = causal_lm.get_output_embeddings()
-        self.backbone = Backbone(self.model, self.lm_head, config.text_config)
+        self.backbone = Backbone(self.model, config.text_config)
         h = config.hidden_size
         self.compressor = Compressor(h, config.compressor_type)
         self.mtp = MtpBlock(self.backbone)
@@ -139,7 +139,7 @@ class PipoForCausalLM(PreTrainedModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
-        return self.backbone.head(hidden)
+        return self.backbone.scale_logits(self.lm_head(hidden))
 
     def confidence(self, hidden_BLH: Tensor, mtp_hidden_BLH: Tensor) -> Tensor:
         """Confidence of each draft in [0, 1], float32 `[B, L]` (eq. 4)."""
@@ -183,14 +183,25 @@ class PipoForCausalLM(PreTrainedModel):
         output = PipoOutput(backbone_hidden=hidden_BLH, mtp_hidden=mtp_hidden, confidence_logits=confidence_logits)
         if return_logits:
             output.logits, output.mtp_logits = self.head(hidden_BLH), self.head(mtp_hidden)
-        if labels is None:
-            return output
-        token1 = cross_entropy(hidden_BLH[:, :-1], self.head, labels[:, TOKEN1_LABELS])
-        token2 = cross_entropy(mtp_hidden, self.head, labels[:, TOKEN2_LABELS])
-        output.backbone_loss, output.mtp_loss = token1.mean, token2.mean
-        output.confidence_loss = confidence_loss(confidence_logits[token2.supervised], token2.label_probability)
-        output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss
+        if labels is not None:
+            self._add_losses(output, labels, mask_BL)
         return output
+
+    def _add_losses(self, output: PipoOutput, labels_BT: Tensor, mask_BL: Tensor | None) -> None:
+        """The three terms of eq. 5 to 7, each a mean over its own supervised positions, and their sum."""
+        hidden_BLH, mtp_hidden_BLH, confidence_BL = output.backbone_hidden, output.mtp_hidden, output.confidence_logits
+        assert hidden_BLH is not None
+        assert mtp_hidden_BLH is not None
+        assert confidence_BL is not None
+        labels1_BL, labels2_BL = labels_BT[:, TOKEN1_LABELS], labels_BT[:, TOKEN2_LABELS]
+        if mask_BL is not None:  # left padding predicts nothing: a row's first pair has no step before it
+            absent_BL = ~mask_BL[:, :-1].bool()
+            labels1_BL, labels2_BL = (x.masked_fill(absent_BL, IGNORE_INDEX) for x in (labels1_BL, labels2_BL))
+        token1 = cross_entropy(hidden_BLH[:, :-1], self.head, labels1_BL)
+        token2 = cross_entropy(mtp_hidden_BLH, self.head, labels2_BL)
+        output.backbone_loss, output.mtp_loss = token1.mean, token2.mean
+        output.confidence_loss = confidence_loss(confidence_BL[token2.supervised], token2.label_probability)
+        output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss
 
     # --- generation
 
