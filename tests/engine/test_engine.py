@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from byte_tokenizer import byte_tokenizer
-from families import EOS, PAD, config_of, pipo_model
+from families import EOS, PAD, base_model, config_of, pipo_model
 from pipo import LLM, PipoConfig, PipoForCausalLM, RequestOutput, SamplingParams
 from pipo.errors import CheckpointError, ConfigError, RequestError
 from pipo.model.cache import RowCache
@@ -372,6 +372,23 @@ def test_records_keep_the_rejected_draft(model: PipoForCausalLM) -> None:
         assert record.confidence is not None
         assert record.logprob1 is not None
         assert record.logprob2 is not None
+
+
+@pytest.mark.parametrize("method", ["pipo", "regular", "mtp", "speculative"])
+def test_a_sample_whose_numbers_break_ends_alone(method: str) -> None:
+    """One token's embedding is NaN: who reads it ends with an error, the others never notice."""
+    model: Any = pipo_model("qwen3_5") if method == "pipo" else base_model("qwen3_5")
+    settings = params(max_tokens=8, temperature=1.0, seed=1)
+    healthy = LLM(model, method=method).generate([prompt(5, 6), prompt(9)], settings)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[150] = torch.nan
+    llm = LLM(model, method=method)
+    first, broken, last = llm.generate([prompt(5, 6), prompt(7, 150), prompt(9)], settings)
+    assert (broken.finish_reason, broken.token_ids) == ("error", [])
+    assert 150 not in healthy[0].token_ids + healthy[1].token_ids
+    assert [first.token_ids, last.token_ids] == [h.token_ids for h in healthy]
+    again = llm.generate([prompt(5, 6)] * 3, settings)[2]
+    assert again.token_ids == healthy[0].token_ids
 
 
 # --- what is refused ----------------------------------------------------------------------------------

@@ -31,7 +31,16 @@ from pipo.model.sampling import (
     token_logprobs,
     uniform,
 )
-from pipo.model.step import NO_DRAFT, PairResult, Prefilled, Rows, fetch, prefill_tokens
+from pipo.model.step import (
+    NO_DRAFT,
+    PairResult,
+    Prefilled,
+    Rows,
+    fetch,
+    finite_rows,
+    prefill_tokens,
+    single_tokens,
+)
 
 
 class BaseRunner:
@@ -85,9 +94,7 @@ class BaseRunner:
         if shared:
             prefilled.share(len(sequences))
         rows = self.sampling.rows_of(sequences)
-        token1_B, logprobs1 = rows.draw(self.model.head(prefilled.last_hidden_BH), TOKEN1)
-        rows.count(token1_B)
-        result = self._after_prefill(prefilled, rows, _single(token1_B)._replace(logprobs1=logprobs1))
+        result = self._after_prefill(prefilled, rows, self._write_token(prefilled.last_hidden_BH, rows))
         self.cache.adopt(prefilled.cache, prefilled.lengths)
         self.sampling.invalidate()
         return steps_of(fetch(result), sequences)
@@ -98,6 +105,13 @@ class BaseRunner:
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """One step of all rows."""
         raise NotImplementedError
+
+    def _write_token(self, hidden_BH: Tensor, rows: Rows) -> PairResult:
+        """Draw each row's next token."""
+        hidden_BH, finite_B = finite_rows(hidden_BH)
+        token1_B, logprobs1 = rows.draw(self.model.head(hidden_BH), TOKEN1)
+        rows.count(token1_B)
+        return single_tokens(token1_B, finite_B, logprobs1)
 
     def _read(self, ids_BT: Tensor) -> tuple[Tensor, LayerCall]:
         """Run the backbone over each row's next tokens: `h [B, T, H]`."""
@@ -115,11 +129,9 @@ class RegularRunner(BaseRunner):
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Read each row's last token, write the next."""
         hidden_B1H, _ = self._read(self._ids([[s.token_ids[-1]] for s in sequences]))
-        rows = self.sampling.rows(sequences)
-        token1_B, logprobs1 = rows.draw(self.model.head(hidden_B1H[:, 0]), TOKEN1)
-        rows.count(token1_B)
+        result = self._write_token(hidden_B1H[:, 0], self.sampling.rows(sequences))
         self.cache.advance()
-        return steps_of(fetch(_single(token1_B)._replace(logprobs1=logprobs1)), sequences)
+        return steps_of(fetch(result), sequences)
 
 
 class MtpRunner(BaseRunner):
@@ -136,15 +148,15 @@ class MtpRunner(BaseRunner):
         ids_B2 = self._ids([s.token_ids[-2:] for s in sequences])
         hidden_B2H, call = self._read(ids_B2)
         rows = self.sampling.rows(sequences)
-        token1_B, logprobs1 = rows.draw(self.model.head(hidden_B2H[:, 1]), TOKEN1)
-        rows.count(token1_B)
-        following_B2 = torch.stack([ids_B2[:, 1], token1_B], dim=1)
+        first = self._write_token(hidden_B2H[:, 1], rows)
+        following_B2 = torch.stack([ids_B2[:, 1], first.token1_B], dim=1)
         mtp_hidden_BH = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)[:, 1]
-        result = self._with_draft(rows, _single(token1_B)._replace(logprobs1=logprobs1), mtp_hidden_BH)
+        result = self._with_draft(rows, first, mtp_hidden_BH)
         self.cache.advance(2)
         return steps_of(fetch(result), sequences)
 
     def _with_draft(self, rows: Rows, first: PairResult, mtp_hidden_BH: Tensor) -> PairResult:
+        mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
         draft_B, logprobs2 = rows.draw(self.model.head(mtp_hidden_BH), TOKEN2)
         rows.count(draft_B)
         return first._replace(
@@ -185,6 +197,7 @@ class SpeculativeRunner(BaseRunner):
 
     def _propose(self, rows: Rows, mtp_hidden_BH: Tensor, num_new_B: Tensor | int) -> tuple[Tensor, Tensor]:
         """A draft per row and the distribution it was drawn from."""
+        mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
         num_tokens_B = None if rows.num_tokens_B is None else rows.num_tokens_B + num_new_B
         logits_BV = process_logits(self.model.head(mtp_hidden_BH), rows.batch, rows.history, num_tokens_B)
         return sample(logits_BV, rows.batch, rows.position_B, TOKEN2), probabilities(logits_BV, rows.batch)
@@ -195,7 +208,7 @@ class SpeculativeRunner(BaseRunner):
         before = self.cache.snapshot() if self.cache.has_states else None
         hidden_B2H, call = self._read(ids_B2)
         rows = self.sampling.rows(sequences)
-        result, accepted_B = self._verify(rows, self.model.head(hidden_B2H))
+        result, accepted_B = self._verify(rows, hidden_B2H)
         following_B2 = torch.stack([result.token1_B, result.draft_B.clamp_min(0)], dim=1)
         mtp_hidden_B2H = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)
         mtp_hidden_BH = torch.where(accepted_B[:, None], mtp_hidden_B2H[:, 1], mtp_hidden_B2H[:, 0])
@@ -209,8 +222,10 @@ class SpeculativeRunner(BaseRunner):
         self.cache.advance([1 + step.committed for step in steps])
         return steps
 
-    def _verify(self, rows: Rows, logits_B2V: Tensor) -> tuple[PairResult, Tensor]:
+    def _verify(self, rows: Rows, hidden_B2H: Tensor) -> tuple[PairResult, Tensor]:
         """Token 1 is the draft or its replacement; where the draft stands, token 2 is the backbone's next."""
+        flat, finite = finite_rows(hidden_B2H.flatten(0, 1))
+        logits_B2V, finite_B = self.model.head(flat).view(len(self._draft_B), 2, -1), finite.view(-1, 2).all(-1)
         batch, position_B = rows.batch, rows.position_B
         target_BV = process_logits(logits_B2V[:, 0], batch, rows.history, rows.num_tokens_B)
         verdict = speculative_verify(
@@ -233,14 +248,5 @@ class SpeculativeRunner(BaseRunner):
             for slot, token_B in ((0, token1_B), (1, bonus_B))
         )
         token2_B = bonus_B.masked_fill(~accepted_B, NO_DRAFT)
-        return PairResult(token1_B, token2_B, _nan_like(token1_B), accepted_B, first, second), accepted_B
-
-
-def _single(token1_B: Tensor) -> PairResult:
-    """A step of one token."""
-    none_B = torch.full_like(token1_B, NO_DRAFT)
-    return PairResult(token1_B, none_B, _nan_like(token1_B), torch.zeros_like(token1_B, dtype=torch.bool), None, None)
-
-
-def _nan_like(token_B: Tensor) -> Tensor:
-    return torch.full(token_B.shape, torch.nan, device=token_B.device)
+        nan_B = torch.full(token1_B.shape, torch.nan, device=token1_B.device)
+        return PairResult(token1_B, token2_B, nan_B, accepted_B, finite_B, first, second), accepted_B

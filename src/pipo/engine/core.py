@@ -187,7 +187,12 @@ class Engine:
         told: list[tuple[Sequence, StepText]] = []
         for row in reversed(range(first_row, len(self.running))):
             sequence = self.running[row]
-            text = sequence.take(steps[row - first_row])
+            step = steps[row - first_row]
+            if not step.finite:
+                self._leave(row)
+                told.append((sequence, StepText(sequence.end("error"), len(sequence.token_ids), None)))
+                continue
+            text = sequence.take(step)
             used = self.runner.num_positions(sequence)
             if sequence.finished or used + self.runner.positions_per_step() > self.max_model_len:
                 text = replace(text, text=text.text + sequence.end("length"))

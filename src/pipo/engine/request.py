@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pipo.errors import RequestError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one are greedy: dividing by them would only overflow."""
@@ -166,7 +166,8 @@ class RequestOutput:
     text: str
     """Without special tokens, stop token and stop string. Empty when there is no tokenizer."""
     finish_reason: FinishReason | None
-    """`stop`: a stop id or string; `length`: `max_tokens` or the context; `abort`; `None` while running."""
+    """`stop`: a stop id or string; `length`: `max_tokens` or the context; `abort`: the caller's; `error`: the model gave numbers that
+    are not finite, and this sample ended before them; `None` while running."""
     num_pairs: int
     """Steps: the one of prefill and one per decoding step."""
     num_committed: int

@@ -174,6 +174,7 @@ def _step_of(pairs: HostPairs, row: int, sequence: Sequence, judged: bool) -> St
         token2=draft if committed else None,
         draft=draft if _wants_drafts(sequence) else None,
         confidence=confidence,
+        finite=pairs.finite[row],
         judged=judged or confidence is not None,
         committed=committed,
         logprob1=logprob(pairs.token1[row], pairs.logprob1[row], pairs.top1[row]),

@@ -22,13 +22,15 @@ from pipo.pairing import Pair, TokenCounts
 class StepTokens:
     """What one step wrote for one sample, before stops cut anything off.
 
-    `judged`: a draft was judged, by the gate or by verification. `committed`: it was kept. `draft`: the draft, kept or not.
+    `finite`: the model's numbers were; else the tokens mean nothing. `judged`: a draft was judged, by the gate or by
+    verification. `committed`: it was kept. `draft`: the draft, kept or not.
     """
 
     token1: int
     token2: int | None = None
     draft: int | None = None
     confidence: float | None = None
+    finite: bool = True
     judged: bool = False
     committed: bool = False
     logprob1: TokenLogprob | None = None

@@ -102,6 +102,8 @@ class PairResult(NamedTuple):
     """float32, NaN where the MTP block was not run."""
     committed_B: Tensor
     """bool."""
+    finite_B: Tensor
+    """bool: False where the hidden state is not finite, and the row's tokens mean nothing."""
     logprobs1: TokenLogprobs | None
     logprobs2: TokenLogprobs | None
 
@@ -114,24 +116,37 @@ def write_pair(
     Args:
         run_mtp: from token 1 `[B]` to `d [B, H]`, filling the MTP block's cache; `None` where no row can commit a draft.
     """
+    hidden_BH, finite_B = finite_rows(hidden_BH)
     token1_B, logprobs1 = rows.draw(model.head(hidden_BH), TOKEN1)
     rows.count(token1_B)
     if run_mtp is None:
-        none_B = torch.full_like(token1_B, NO_DRAFT)
-        nan_B = torch.full(token1_B.shape, torch.nan, device=token1_B.device)
-        return PairResult(token1_B, none_B, nan_B, torch.zeros_like(token1_B, dtype=torch.bool), logprobs1, None)
-    mtp_hidden_BH = run_mtp(token1_B)
+        return single_tokens(token1_B, finite_B, logprobs1)
+    mtp_hidden_BH, _ = finite_rows(run_mtp(token1_B))
     confidence_B = model.confidence(hidden_BH, mtp_hidden_BH)
     committed_B = accept(confidence_B, rows.batch.threshold_B)
     logits2_BV, drawn_B = _second_head(model, mtp_hidden_BH, committed_B, rows.records)
     if logits2_BV is None:
         none_B = torch.full_like(token1_B, NO_DRAFT)
-        return PairResult(token1_B, none_B, confidence_B, committed_B, logprobs1, None)
+        return PairResult(token1_B, none_B, confidence_B, committed_B, finite_B, logprobs1, None)
     draft_B, logprobs2 = rows.draw(logits2_BV, TOKEN2)
     rows.count(draft_B, committed_B)
     if drawn_B is not None:
         draft_B = draft_B.masked_fill(~drawn_B, NO_DRAFT)
-    return PairResult(token1_B, draft_B, confidence_B, committed_B, logprobs1, logprobs2)
+    return PairResult(token1_B, draft_B, confidence_B, committed_B, finite_B, logprobs1, logprobs2)
+
+
+def single_tokens(token1_B: Tensor, finite_B: Tensor, logprobs1: TokenLogprobs | None) -> PairResult:
+    """A step that wrote token 1 alone."""
+    none_B = torch.full_like(token1_B, NO_DRAFT)
+    nan_B = torch.full(token1_B.shape, torch.nan, device=token1_B.device)
+    nothing_B = torch.zeros_like(token1_B, dtype=torch.bool)
+    return PairResult(token1_B, none_B, nan_B, nothing_B, finite_B, logprobs1, None)
+
+
+def finite_rows(hidden_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states with zeros in rows that are not finite, and which rows are: one bad row must not stop the others."""
+    finite_B = hidden_BH.isfinite().all(-1)
+    return hidden_BH.masked_fill(~finite_B[:, None], 0), finite_B
 
 
 def _second_head(
@@ -238,6 +253,7 @@ class HostPairs(NamedTuple):
     draft: list[int | None]
     confidence: list[float | None]
     committed: list[bool]
+    finite: list[bool]
     logprob1: list[float | None]
     logprob2: list[float | None]
     top1: list[list[tuple[int, float]]]
@@ -249,12 +265,12 @@ def fetch(result: PairResult) -> HostPairs:
 
     Token ids travel as float64, which holds them exactly.
     """
-    columns = [result.token1_B, result.draft_B, result.committed_B, result.confidence_B]
+    columns = [result.token1_B, result.draft_B, result.committed_B, result.confidence_B, result.finite_B]
     for logprobs in (result.logprobs1, result.logprobs2):
         if logprobs is not None:
             columns += [logprobs.chosen_B, *logprobs.top_ids_BK.unbind(1), *logprobs.top_BK.unbind(1)]
     table = torch.stack([column.double() for column in columns]).cpu().tolist()
-    num_rows, cursor = len(table[0]), 4
+    num_rows, cursor = len(table[0]), 5
     confidence = [None if value != value else float(value) for value in table[3]]
     chosen: list[list[float | None]] = []
     tops: list[list[list[tuple[int, float]]]] = []
@@ -273,6 +289,7 @@ def fetch(result: PairResult) -> HostPairs:
         [None if value == NO_DRAFT else int(value) for value in table[1]],
         confidence,
         [bool(value) for value in table[2]],
+        [bool(value) for value in table[4]],
         chosen[0],
         chosen[1],
         tops[0],
