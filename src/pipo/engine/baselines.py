@@ -31,6 +31,7 @@ from pipo.model.sampling import (
     token_logprobs,
     uniform,
 )
+from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
     NO_DRAFT,
     PairResult,
@@ -120,7 +121,7 @@ class BaseRunner:
         return self.model.run_backbone(inputs_BTH, positions_BT, self.cache.masks(inputs_BTH.dtype), self.cache)
 
     def _ids(self, ids: list[list[int]]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.long).to(self.model.device, non_blocking=True)
+        return to_device(torch.tensor(ids, dtype=torch.long), self.model.device)
 
 
 class RegularRunner(BaseRunner):

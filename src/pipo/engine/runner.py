@@ -15,6 +15,7 @@ from pipo.engine.sequence import Sequence, StepTokens
 from pipo.model.cache import RowCache, measure_bytes
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import SamplingBatch, TokenHistory
+from pipo.model.sampling_batch import to_device
 from pipo.model.step import HostPairs, Prefilled, Rows, fetch, prefill_pairs, read_pairs, write_pair
 from pipo.pairing import draws_drafts, num_pairs, pair_slots_from_tokens, slots_from_pairs
 
@@ -82,7 +83,7 @@ class RowSampling:
 
     def _rows(self, sequences: Seq[Sequence], batch: SamplingBatch, history: TokenHistory | None) -> Rows:
         counts = torch.tensor([[s.position for s in sequences], [len(s.token_ids) for s in sequences]])
-        position_B, num_tokens_B = counts.to(self.device, non_blocking=True)
+        position_B, num_tokens_B = to_device(counts, self.device)
         records = tuple(i for i, s in enumerate(sequences) if s.params.record_pairs)
         return Rows(batch, history, position_B, None if batch.min_stops is None else num_tokens_B, records)
 
@@ -138,7 +139,7 @@ class PipoRunner:
         """Read each row's last pair, write its next one."""
         pad = self.model.config.pad_token_id
         slots = [slots_from_pairs(s.pairs[-1:], pad) for s in sequences]
-        slots_B2 = torch.tensor(slots, dtype=torch.long).to(self.model.device, non_blocking=True)
+        slots_B2 = to_device(torch.tensor(slots, dtype=torch.long), self.model.device)
         hidden_BH, run_mtp = read_pairs(self.model, slots_B2, self.cache)
         drafting = any(_wants_drafts(s) for s in sequences)
         result = write_pair(self.model, hidden_BH, self.sampling.rows(sequences), run_mtp if drafting else None)

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from pipo.errors import UnsupportedModelError
+from pipo.model.sampling_batch import to_device
 
 GROWTH = 1.5
 LENGTH_STEP = 64
@@ -303,7 +304,7 @@ class RowCache(Cache):
         self._reserve(self.num_rows, longest)
         self.span = longest
         start = torch.tensor(self.lengths, dtype=torch.long)
-        self.positions_BT = (start[:, None] + torch.arange(num_new)).to(self.device, non_blocking=True)
+        self.positions_BT = to_device(start[:, None] + torch.arange(num_new), self.device)
         self.rows_B1 = torch.arange(self.num_rows, device=self.device)[:, None]
         for layer in self.layers:
             if isinstance(layer, _StateRows):
