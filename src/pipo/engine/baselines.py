@@ -82,14 +82,18 @@ class BaseRunner:
         """Most tokens that one step adds."""
         return 2 if self.drafts else 1
 
-    def remove(self, row: int) -> None:
-        """Forget a row."""
+    def reuses(self, sequence: Sequence) -> bool:
+        """The baselines keep no prefixes."""
+        return False
+
+    def remove(self, row: int, sequence: Sequence) -> None:
+        """Free a row."""
         self.cache.remove(row)
         self.sampling.invalidate()
 
     def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Run prompts; the first token of each (and what the method adds)."""
-        shared = len(sequences) > 1 and all(s.prompt_ids == sequences[0].prompt_ids and not s.pairs for s in sequences)
+        shared = len(sequences) > 1 and len({id(s.prompt_pairs) for s in sequences}) == 1
         prompts = [s.prompt_ids + s.token_ids for s in (sequences[:1] if shared else sequences)]
         prefilled = prefill_tokens(self.model, prompts, self.model.device)
         if shared:
@@ -182,9 +186,9 @@ class SpeculativeRunner(BaseRunner):
         self._draft_B = torch.zeros(0, dtype=torch.long, device=model.device)
         self._draft_probabilities_BV = torch.zeros(0, int(model.config.vocab_size), device=model.device)
 
-    def remove(self, row: int) -> None:
-        """Forget a row and its pending draft."""
-        super().remove(row)
+    def remove(self, row: int, sequence: Sequence) -> None:
+        """Free a row and its pending draft."""
+        super().remove(row, sequence)
         for tensor in (self._draft_B, self._draft_probabilities_BV):
             tensor[row] = tensor[-1].clone()
         self._draft_B = self._draft_B[:-1]

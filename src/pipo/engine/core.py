@@ -79,6 +79,8 @@ class Engine:
         self.running: list[Sequence] = []
         self._listeners: dict[int, Listener] = {}
         runner.cache.fits = budget.fits
+        self.on_finish: Callable[[Sequence], None] | None = None
+        """Called with every sample that has ended, before its listener."""
 
     # --- requests
 
@@ -153,12 +155,13 @@ class Engine:
 
         Padding would change a linear-attention state, so there lengths must be equal.
         """
-        by_prompt: dict[tuple[int, ...], list[Sequence]] = {}
+        by_prompt: dict[int, list[Sequence]] = {}
         for sequence in admitted:
-            key = tuple(sequence.prompt_ids) if not sequence.pairs else (-1, id(sequence))
+            key = id(sequence) if sequence.pairs else id(sequence.prompt_pairs)
             by_prompt.setdefault(key, []).append(sequence)
-        groups = [same for same in by_prompt.values() if len(same) > 1]
-        single = [same[0] for same in by_prompt.values() if len(same) == 1]
+        alone = [len(same) > 1 or self.runner.reuses(same[0]) for same in by_prompt.values()]
+        groups = [same for same, on_its_own in zip(by_prompt.values(), alone, strict=True) if on_its_own]
+        single = [same[0] for same, on_its_own in zip(by_prompt.values(), alone, strict=True) if not on_its_own]
         group: list[Sequence] = []
         for sequence in sorted(single, key=self.runner.num_positions):
             positions = self.runner.num_positions(sequence)
@@ -205,6 +208,8 @@ class Engine:
         listener = self._listeners.get(id(sequence))
         if sequence.finished:
             self._listeners.pop(id(sequence), None)
+            if self.on_finish is not None:
+                self.on_finish(sequence)
         if listener is not None:
             listener(sequence, text)
 
@@ -214,7 +219,7 @@ class Engine:
 
     def _leave(self, row: int) -> None:
         """Free a row; the last row takes its place, here as in the cache."""
-        self.runner.remove(row)
+        self.runner.remove(row, self.running[row])
         last = self.running.pop()
         if row < len(self.running):
             self.running[row] = last

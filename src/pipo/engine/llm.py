@@ -19,6 +19,7 @@ from pipo.data.conversation import encode_text, load_tokenizer, render_chat
 from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, SpeculativeRunner
 from pipo.engine.core import CacheBudget, Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
+from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
@@ -49,6 +50,9 @@ class LLM:
         max_num_seqs: samples that decode together at most.
         max_model_len: positions a sample may hold: **pairs** for PIPO (up to two tokens each), tokens otherwise.
         cache_budget_bytes: memory for caches at most; by default half of the free RAM, or 85% of the free GPU memory.
+        prefix_cache_bytes: memory for the caches of finished prompts and replies, which later requests that begin alike take over
+            (PIPO only; 0 is off). After changing the weights of a model in memory, call :meth:`forget`.
+        remember_pairs: tokens of finished replies whose pairing is remembered, so that a later prompt reads them as they were written.
         seed: of requests that bring none; by default different each time.
 
     Raises:
@@ -68,6 +72,8 @@ class LLM:
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         cache_budget_bytes: int | None = None,
+        prefix_cache_bytes: int = 0,
+        remember_pairs: int = 0,
         seed: int | None = None,
     ) -> None:
         if method not in ("pipo", *BASELINES):
@@ -90,7 +96,9 @@ class LLM:
             self.eos_token_ids |= {int(self.tokenizer.eos_token_id)}
         self._decoder = TextDecoder(self.tokenizer) if self.tokenizer is not None else None
         runner: Runner = (
-            PipoRunner(self.model) if isinstance(self.model, PipoForCausalLM) else BASELINES[method](self.model)
+            PipoRunner(self.model, prefix_cache_bytes)
+            if isinstance(self.model, PipoForCausalLM)
+            else BASELINES[method](self.model)
         )
         budget = cache_budget(runner, self.model.device, cache_budget_bytes)
         self.engine = Engine(
@@ -100,6 +108,8 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
+        self.pair_memory = PairMemory(remember_pairs)
+        self.engine.on_finish = lambda sequence: self.pair_memory.remember(sequence.prompt_pairs, sequence.pairs)
         self._seeds = random.Random(seed)
         self._next_id = 0
         self._lock = threading.RLock()
@@ -152,6 +162,12 @@ class LLM:
                     self.engine.abort(request_id)
                 raise
         return [sequence.output() for sequence in samples]
+
+    def forget(self) -> None:
+        """Drop all kept prefixes: after a change of weights they hold no more."""
+        with self._lock:
+            if isinstance(self.engine.runner, PipoRunner) and self.engine.runner.prefixes is not None:
+                self.engine.runner.prefixes.clear()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """Generate for one prompt; an event per step of each sample, as they come. Closing the iterator aborts."""
@@ -253,11 +269,13 @@ class LLM:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         with self._lock:
             request_id, self._next_id = self._next_id, self._next_id + 1
+            prompt_pairs = self.pair_memory.pack(prompt_ids)  # one list for all samples: they share a prefill
         return [
             Sequence(
                 request_id=request_id,
                 index=index,
                 prompt_ids=prompt_ids,
+                prompt_pairs=prompt_pairs,
                 params=params,
                 seed=derive_seed(seed, index),
                 stop_ids=frozenset(stops),

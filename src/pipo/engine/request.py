@@ -182,6 +182,8 @@ class RequestOutput:
     """One per visible token, when asked for."""
     pairs: list[PairRecord] | None = None
     """One per pair, when asked for (`record_pairs`)."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not prefilled again, because an earlier request had left their cache."""
     index: int = 0
     """Which of the prompt's `n` samples this is."""
     prompt: str | None = field(default=None, repr=False)

@@ -10,14 +10,24 @@ from typing import Protocol
 
 import torch
 
+from pipo.engine.prefix import PrefixCache
 from pipo.engine.request import TokenLogprob
 from pipo.engine.sequence import Sequence, StepTokens
-from pipo.model.cache import RowCache, measure_bytes
+from pipo.model.cache import RowCache, States, measure_bytes, prefill_cache, resume_prefill
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
-from pipo.model.step import HostPairs, Prefilled, Rows, fetch, prefill_pairs, read_pairs, write_pair
-from pipo.pairing import draws_drafts, num_pairs, pair_slots_from_tokens, slots_from_pairs
+from pipo.model.step import (
+    HostPairs,
+    Prefilled,
+    Rows,
+    fetch,
+    prefill_pairs,
+    read_pairs,
+    resume_pairs,
+    write_pair,
+)
+from pipo.pairing import Pair, draws_drafts, slots_from_pairs, tokens_from_pairs
 
 
 class Runner(Protocol):
@@ -37,14 +47,17 @@ class Runner(Protocol):
     def positions_per_step(self) -> int:
         """Most cache entries that one more step adds."""
 
+    def reuses(self, sequence: Sequence) -> bool:
+        """Whether the sample's prefill can go on from a kept cache, and must be done on its own."""
+
     def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Run prompts (and steps already done) and write each sample's next tokens; the samples become rows."""
 
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """One step of all rows."""
 
-    def remove(self, row: int) -> None:
-        """Forget a row; the last row takes its place."""
+    def remove(self, row: int, sequence: Sequence) -> None:
+        """Free the sample's row; the last row takes its place."""
 
 
 class RowSampling:
@@ -91,10 +104,11 @@ class RowSampling:
 class PipoRunner:
     """Pairs in, pairs out."""
 
-    def __init__(self, model: PipoForCausalLM) -> None:
+    def __init__(self, model: PipoForCausalLM, prefix_cache_bytes: int = 0) -> None:
         self.model = model
         self.cache = RowCache(model.config.text_config, model.device)
         self.sampling = RowSampling(model.config.vocab_size, model.device)
+        self.prefixes = PrefixCache(prefix_cache_bytes, self.cache.has_states) if prefix_cache_bytes else None
 
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per pair of a row."""
@@ -108,32 +122,62 @@ class PipoRunner:
 
     def num_positions(self, sequence: Sequence) -> int:
         """Pairs of prompt and steps so far."""
-        return num_pairs(len(sequence.prompt_ids)) + len(sequence.pairs)
+        return len(sequence.prompt_pairs) + len(sequence.pairs)
 
     def positions_per_step(self) -> int:
         """One pair."""
         return 1
 
+    def reuses(self, sequence: Sequence) -> bool:
+        """Whether some of the sample's prompt is in the prefix cache."""
+        return self.prefixes is not None and self.prefixes.find(_pairs(sequence))[0] is not None
+
     def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Prefill samples, all of different prompts or all of one; the first pair of each."""
-        pad = self.model.config.pad_token_id
-        shared = len(sequences) > 1 and all(s.prompt_ids == sequences[0].prompt_ids and not s.pairs for s in sequences)
-        slots = [
-            pair_slots_from_tokens(s.prompt_ids, pad) + slots_from_pairs(s.pairs, pad)
-            for s in (sequences[:1] if shared else sequences)
-        ]
-        prefilled = prefill_pairs(self.model, slots)
+        shared = len(sequences) > 1 and len({id(s.prompt_pairs) for s in sequences}) == 1
+        distinct = sequences[:1] if shared else sequences
+        if self.prefixes is not None and len(distinct) == 1:
+            prefilled, snapshots = self._resume(distinct[0], self.prefixes)
+        else:
+            prefilled, snapshots = prefill_pairs(self.model, [self._slots(s) for s in distinct]), {}
         if shared:
             prefilled.share(len(sequences))
         rows = self.sampling.rows_of(sequences)
-        drafting = any(_wants_drafts(s) for s in sequences)
+        drafting = any(wants_drafts(s) for s in sequences)
         result = write_pair(self.model, prefilled.last_hidden_BH, rows, prefilled.run_mtp if drafting else None)
-        self._adopt(prefilled)
-        return steps_of(fetch(result), sequences)
-
-    def _adopt(self, prefilled: Prefilled) -> None:
+        first_row = self.cache.num_rows
         self.cache.adopt(prefilled.cache, prefilled.lengths)
         self.sampling.invalidate()
+        steps = steps_of(fetch(result), sequences)
+        for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True), first_row):
+            sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefilled.offset]))
+            if not shared or row == first_row:
+                self._store(row, sequence, _pairs(sequence), step.token1, snapshots)
+        return steps
+
+    def _slots(self, sequence: Sequence) -> list[int]:
+        return slots_from_pairs(_pairs(sequence), self.model.config.pad_token_id)
+
+    def _resume(self, sequence: Sequence, prefixes: PrefixCache) -> tuple[Prefilled, dict[int, States]]:
+        """Prefill after the longest prefix that is cached; keep the states where other prompts branch off."""
+        config = self.model.config.text_config
+        match, branch = prefixes.find(_pairs(sequence))
+        prefixes.count(hit=match is not None)
+        if match is None:
+            cache, done = prefill_cache(config), 0
+        else:
+            done = match.length
+            states = match.entry.snapshots.get(done, match.entry.state.states)
+            cache = resume_prefill(config, match.entry.state, done, states)
+        prefilled, kept = resume_pairs(self.model, self._slots(sequence), cache, done, branch)
+        return prefilled, {} if branch is None or kept is None else {branch: kept}
+
+    def _store(
+        self, row: int, sequence: Sequence, pairs: list[Pair], next_token1: int, snapshots: dict[int, States]
+    ) -> None:
+        """Keep a row's cache of `pairs`, unless the MTP block has not seen them all."""
+        if self.prefixes is not None and wants_drafts(sequence):
+            self.prefixes.store(pairs, next_token1, self.cache.extract(row, len(pairs)), snapshots)
 
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Read each row's last pair, write its next one."""
@@ -141,18 +185,26 @@ class PipoRunner:
         slots = [slots_from_pairs(s.pairs[-1:], pad) for s in sequences]
         slots_B2 = to_device(torch.tensor(slots, dtype=torch.long), self.model.device)
         hidden_BH, run_mtp = read_pairs(self.model, slots_B2, self.cache)
-        drafting = any(_wants_drafts(s) for s in sequences)
+        drafting = any(wants_drafts(s) for s in sequences)
         result = write_pair(self.model, hidden_BH, self.sampling.rows(sequences), run_mtp if drafting else None)
         self.cache.advance()
         return steps_of(fetch(result), sequences)
 
-    def remove(self, row: int) -> None:
-        """Forget a row."""
+    def remove(self, row: int, sequence: Sequence) -> None:
+        """Free a row; the prefix cache keeps what it held."""
+        if sequence.pairs and sequence.finish_reason != "error":
+            self._store(row, sequence, _pairs(sequence)[:-1], sequence.pairs[-1].token1, {})
         self.cache.remove(row)
         self.sampling.invalidate()
 
 
-def _wants_drafts(sequence: Sequence) -> bool:
+def _pairs(sequence: Sequence) -> list[Pair]:
+    """What a prefill reads: the prompt, and what a preempted sample has written."""
+    return [*sequence.prompt_pairs, *sequence.pairs]
+
+
+def wants_drafts(sequence: Sequence) -> bool:
+    """Whether any draft of this sample can matter."""
     return draws_drafts(sequence.params.threshold) or sequence.params.record_pairs
 
 
@@ -169,11 +221,11 @@ def _step_of(pairs: HostPairs, row: int, sequence: Sequence, judged: bool) -> St
         return None if token is None or value is None else TokenLogprob(token, value, tuple(top[:num_top]))
 
     # In a batch where others draft, a row that never commits has been drafted for too; it does not know.
-    confidence = pairs.confidence[row] if _wants_drafts(sequence) else None
+    confidence = pairs.confidence[row] if wants_drafts(sequence) else None
     return StepTokens(
         token1=pairs.token1[row],
         token2=draft if committed else None,
-        draft=draft if _wants_drafts(sequence) else None,
+        draft=draft if wants_drafts(sequence) else None,
         confidence=confidence,
         finite=pairs.finite[row],
         judged=judged or confidence is not None,

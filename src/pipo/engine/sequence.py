@@ -54,6 +54,8 @@ class Sequence:
     request_id: int
     index: int
     prompt_ids: list[int]
+    prompt_pairs: list[Pair]
+    """The prompt as PIPO reads it. Regular models read `prompt_ids`."""
     params: SamplingParams
     seed: int
     stop_ids: Collection[int]
@@ -69,6 +71,8 @@ class Sequence:
     pairs: list[Pair] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose cache was there already."""
     first_token_s: float | None = None
     num_first_tokens: int = 0
     last_token_s: float = 0.0
@@ -153,6 +157,7 @@ class Sequence:
             num_pairs=self.counts.num_pairs,
             num_committed=self.counts.num_committed,
             num_rejected=self.counts.num_rejected,
+            num_cached_tokens=self.num_cached_tokens,
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,

@@ -11,6 +11,7 @@ Shape legend: B rows, T new positions, S cached positions, N key-value heads, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from transformers.cache_utils import (
 
 from pipo.errors import UnsupportedModelError
 from pipo.model.sampling_batch import to_device
+
+States = list[dict[tuple[str, int], Tensor] | None]
+"""Linear-attention states of one row, per layer: `(name, index)` → tensor; `None` for a layer of keys and values."""
 
 GROWTH = 1.5
 LENGTH_STEP = 64
@@ -48,6 +52,58 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
             f"decoding {config.model_type!r} needs a cache for layers of kind {', '.join(unknown)}"
         )
     return tuple(kinds)
+
+
+@dataclass
+class RowState:
+    """One row's cache, on its own: `entries` per layer, keys and values `[N, L, D]` or `None` for a layer of states; `states`."""
+
+    entries: list[tuple[Tensor, Tensor] | None]
+    states: States
+
+    def num_bytes(self) -> int:
+        """Memory of keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self.entries if pair is not None for t in pair)
+
+    @staticmethod
+    def bytes_of_states(states: States) -> int:
+        """Memory of linear-attention states."""
+        return sum(t.numel() * t.element_size() for state in states if state is not None for t in state.values())
+
+
+def prefill_states(prefilled: Cache, row: int = 0) -> States:
+    """A copy of the linear-attention states that a prefill has reached, of one row."""
+    found: States = []
+    for layer in prefilled.layers:
+        if not isinstance(layer, LinearAttentionLayer):
+            found.append(None)
+            continue
+        state = {}
+        for name in ("conv_states", "recurrent_states"):
+            for index, tensor in getattr(layer, name).items():
+                if tensor is not None:
+                    state[name, index] = tensor[row].clone()
+        found.append(state)
+    return found
+
+
+def resume_prefill(config: PreTrainedConfig, row: RowState, length: int, states: States) -> Cache:
+    """A prefill cache that goes on after the first `length` positions of a kept row."""
+    cache = prefill_cache(config)
+    for layer, entry, state in zip(cache.layers, row.entries, states, strict=True):
+        if isinstance(layer, LinearAttentionLayer):
+            assert state is not None
+            for (name, index), tensor in state.items():
+                getattr(layer, name)[index] = tensor[None].clone()
+                ready = "is_conv_states_initialized" if name == "conv_states" else "is_recurrent_states_initialized"
+                getattr(layer, ready)[index] = True
+                if name == "conv_states":
+                    layer.conv_kernel_size[index] = tensor.shape[-1]
+                    layer.dtype, layer.device = tensor.dtype, tensor.device
+                layer.has_previous_state[index] = True
+        elif entry is not None:
+            layer.update(*(t[None, :, :length] for t in entry))
+    return cache
 
 
 def prefill_cache(config: PreTrainedConfig) -> Cache:
@@ -191,6 +247,10 @@ class _StateRows(LinearAttentionLayer):
                     self.dtype, self.device = state.dtype, state.device
                 self._all[name, index][rows] = state
                 ready[index] = True
+
+    def rows(self) -> dict[tuple[str, int], Tensor]:
+        """All states, `[rows, …]` each."""
+        return self._all
 
     def move(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`."""
@@ -344,6 +404,20 @@ class RowCache(Cache):
         if self.config._attn_implementation == "eager":
             return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return seen
+
+    def extract(self, row: int, length: int) -> RowState:
+        """A copy of a row's first `length` entries, and of the states it has reached."""
+        entries: list[tuple[Tensor, Tensor] | None] = []
+        states: States = []
+        for layer in self.layers:
+            if isinstance(layer, _StateRows):
+                entries.append(None)
+                states.append({key: tensor[row].clone() for key, tensor in layer.rows().items()})
+            else:
+                kept = [t[row, :, :length].clone() for t in (layer.keys, layer.values) if t is not None]
+                entries.append((kept[0], kept[1]) if kept else None)
+                states.append(None)
+        return RowState(entries, states)
 
     def snapshot(self) -> list[Any]:
         """Copies of all linear-attention states, which can't be cropped as keys and values can."""

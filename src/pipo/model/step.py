@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pipo.model.backbone import Backbone, LayerCall
-from pipo.model.cache import RowCache, prefill_cache
+from pipo.model.cache import RowCache, States, prefill_cache, prefill_states
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import (
     TOKEN1,
@@ -183,11 +183,18 @@ class Prefilled:
     following_BL: Tensor
     """What the MTP block reads at each position: the token 1 that follows it. The last one is not known yet."""
     lengths: list[int]
+    """Positions in the cache, per row."""
+    offset: int = 0
+    """Positions that were in the cache before; `hidden_BLH` starts after them."""
 
     @property
     def last_hidden_BH(self) -> Tensor:
         """`h` of each prompt's last position."""
-        return self.hidden_BLH[range(len(self.lengths)), [n - 1 for n in self.lengths]]
+        return self.hidden_BLH[range(len(self.lengths)), self._last]
+
+    @property
+    def _last(self) -> list[int]:
+        return [length - self.offset - 1 for length in self.lengths]
 
     def share(self, num_rows: int) -> None:
         """Let one prefilled prompt serve `num_rows` samples."""
@@ -198,10 +205,35 @@ class Prefilled:
 
     def run_mtp(self, token1_B: Tensor) -> Tensor:
         """Run the MTP block over **all** positions, which fills its cache; `d [B, H]` of each prompt's last one."""
-        rows, last = range(len(self.lengths)), [n - 1 for n in self.lengths]
+        rows, last = range(len(self.lengths)), self._last
         self.following_BL[rows, last] = token1_B
         mtp_hidden_BLH = self.model.run_mtp(self.following_BL, self.hidden_BLH, self.call, self.cache)
         return mtp_hidden_BLH[rows, last]
+
+
+def resume_pairs(
+    model: PipoForCausalLM, slots: Sequence[int], cache: Cache, done: int, keep_at: int | None = None
+) -> tuple[Prefilled, States | None]:
+    """Run the backbone over one prompt whose first `done` pairs are in `cache`, MTP block included.
+
+    Args:
+        slots: of the whole prompt. keep_at: stop at this many pairs on the way and return the linear-attention states there.
+    """
+    kept: States | None = None
+    if keep_at is not None:
+        part = _prefill_from(model, slots[: 2 * keep_at + 2], cache, done, keep_at)
+        model.run_mtp(part.following_BL, part.hidden_BLH, part.call, cache)
+        kept, done = prefill_states(cache), keep_at
+    return _prefill_from(model, slots, cache, done, len(slots) // 2), kept
+
+
+def _prefill_from(model: PipoForCausalLM, slots: Sequence[int], cache: Cache, done: int, end: int) -> Prefilled:
+    """Pairs `done … end-1`. `slots` may go on: the slot after the last pair is what the MTP block reads there."""
+    ids = torch.tensor([[*slots, 0]], dtype=torch.long, device=model.device)
+    slots_1T, following_1L = ids[:, 2 * done : 2 * end], ids[:, 2 * done + 2 : 2 * end + 1 : 2]
+    positions_1L = torch.arange(done, end, device=model.device)[None]
+    hidden_1LH, call = model.run_backbone(model.compress(slots_1T), positions_1L, None, cache)
+    return Prefilled(model, cache, hidden_1LH, call, following_1L.clone(), [end], offset=done)
 
 
 def prefill_pairs(model: PipoForCausalLM, slots: Sequence[Sequence[int]]) -> Prefilled:

@@ -1,0 +1,113 @@
+"""The prefix cache changes how fast a request is served, never what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+
+from families import FAMILIES, pipo_model
+from pipo import LLM, SamplingParams
+from pipo.engine.prefix import PairMemory
+from pipo.pairing import Pair, tokens_from_pairs
+
+MEBIBYTE = 2**20
+PARAMS = SamplingParams(temperature=0, threshold=0.5, max_tokens=13, ignore_eos=True, record_pairs=True)
+
+
+def prompt(ids: list[int]) -> dict[str, list[int]]:
+    return {"prompt_token_ids": ids}
+
+
+def said(output: Any) -> tuple[Any, ...]:
+    return output.token_ids, output.num_pairs, output.num_committed
+
+
+def conversations(seed: int) -> list[list[int]]:
+    """Prompts that share beginnings of every kind: none, whole, odd and even lengths, branching inside a pair."""
+    rng = random.Random(seed)
+    system = [rng.randrange(3, 160) for _ in range(21)]
+    made = [system + [rng.randrange(3, 160) for _ in range(n)] for n in (5, 8, 5, 30)]
+    made += [made[0], made[1][:-1], [*made[3][:40], 7, 8, 9], system, system[:-1], made[3]]
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_said_is_the_same_with_and_without(family: str) -> None:
+    """Fails when a reused entry, state or MTP slot is not what a full prefill would have made."""
+    model = pipo_model(family)
+    plain, cached = LLM(model), LLM(model, prefix_cache_bytes=64 * MEBIBYTE)
+    reused = 0
+    for ids in conversations(1):
+        expected, got = plain.generate(prompt(ids), PARAMS)[0], cached.generate(prompt(ids), PARAMS)[0]
+        assert said(got) == said(expected)
+        for one, other in zip(expected.pairs or [], got.pairs or [], strict=True):
+            assert one.confidence == pytest.approx(other.confidence, abs=1e-4)
+        reused += got.num_cached_tokens
+    assert reused > 100
+    # All at once, and preempted, over what is kept.
+    params = [dataclasses.replace(PARAMS, temperature=1.0, seed=i) for i in range(10)]
+    expected_all = plain.generate([prompt(c) for c in conversations(1)], params)
+    assert [said(o) for o in cached.generate([prompt(c) for c in conversations(1)], params)] == [
+        said(o) for o in expected_all
+    ]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_the_next_turn_reads_the_reply_as_it_was_written(family: str) -> None:
+    """With the pairing remembered, a chat's second turn takes over the first turn and its reply, rejected drafts and all."""
+    model = pipo_model(family)
+    outputs: dict[int, list[Any]] = {}
+    probe = LLM(model).generate(prompt([5, 9, 40]), dataclasses.replace(PARAMS, max_tokens=60))[0]
+    shown = sorted(p.confidence for p in probe.pairs or [] if p.confidence is not None)
+    threshold = shown[len(shown) // 2] + 1e-3
+    for cache_bytes in (0, 64 * MEBIBYTE):
+        llm = LLM(model, prefix_cache_bytes=cache_bytes, remember_pairs=10_000)
+        text: list[int] = [5, 9, 40]
+        for turn in range(3):
+            output = llm.generate(prompt(text), dataclasses.replace(PARAMS, max_tokens=25, threshold=threshold))[0]
+            assert 0 < output.num_committed < output.num_pairs
+            if cache_bytes and turn:
+                assert output.num_cached_tokens >= len(previous) - 3
+            previous = text + output.token_ids
+            text = [*previous, 33, 34, 35 + turn]
+            outputs.setdefault(cache_bytes, []).append(said(output))
+    assert outputs[0] == outputs[64 * MEBIBYTE]
+
+
+def test_requests_that_never_draft_leave_no_broken_mtp_entries() -> None:
+    model = pipo_model("qwen3")
+    llm = LLM(model, prefix_cache_bytes=64 * MEBIBYTE)
+    ids = list(range(5, 40))
+    llm.generate(prompt(ids), dataclasses.replace(PARAMS, threshold=1.01, record_pairs=False))
+    drafting = dataclasses.replace(PARAMS, threshold=0.0)
+    assert said(llm.generate(prompt(ids), drafting)[0]) == said(LLM(model).generate(prompt(ids), drafting)[0])
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
+    model = pipo_model("qwen3_5")
+    llm = LLM(model, prefix_cache_bytes=MEBIBYTE // 2)
+    prefixes = llm.engine.runner.prefixes  # type: ignore[attr-defined]
+    for start in range(20):
+        llm.generate(prompt([start + 3] * 40), PARAMS)
+        assert prefixes.num_bytes <= prefixes.max_bytes
+    assert 0 < len(prefixes) < 20
+    assert llm.generate(prompt([22] * 40), PARAMS)[0].num_cached_tokens > 0
+    assert llm.generate(prompt([3] * 40), PARAMS)[0].num_cached_tokens == 0
+    llm.forget()
+    assert len(prefixes) == 0
+    assert llm.generate(prompt([22] * 40), PARAMS)[0].num_cached_tokens == 0
+
+
+def test_pair_memory_packs_as_remembered_and_forgets_the_oldest() -> None:
+    memory = PairMemory(max_tokens=12)
+    prompt_pairs, reply = [Pair(1, 2), Pair(3, None)], [Pair(4, None), Pair(5, 6), Pair(7, None)]
+    memory.remember(prompt_pairs, reply)
+    packed = memory.pack([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert packed == [*prompt_pairs, *reply[:2], Pair(7, 8), Pair(9, None)]
+    assert tokens_from_pairs(packed) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert memory.pack([1, 2, 3, 4, 5]) == [Pair(1, 2), Pair(3, 4), Pair(5, None)]
+    memory.remember([Pair(20, None)], [Pair(i, None) for i in range(30, 38)])
+    assert memory.pack([1, 2, 3, 4, 5, 6, 7]) == [Pair(1, 2), Pair(3, 4), Pair(5, 6), Pair(7, None)]
