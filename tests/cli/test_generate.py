@@ -98,3 +98,13 @@ def test_in_a_process_of_its_own_stdout_is_pure_json(pipo_folder):
     command = [sys.executable, "-m", "pipo", "generate", str(pipo_folder), "--prompt", "ab", *GREEDY, "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(json.loads(result.stdout)) == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--n", "2")], ids=["stream", "json", "many"])
+def test_a_sample_that_fails_is_reported(run, broken, options):
+    folder = broken(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    result = run("generate", folder, "--prompt", "ab", *GREEDY, *options)
+    assert result.exit_code == 1
+    assert "samples ended with an error" in result.stderr
+    if "--json" in options:
+        assert json.loads(result.stdout)[0]["finish_reason"] == "error"

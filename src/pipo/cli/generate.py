@@ -9,11 +9,13 @@ import typer
 from pipo.cli.options import Checkpoint, open_engine, sampling_params, takes_engine, takes_sampling
 from pipo.cli.prompts import Prompt, collect_prompts
 from pipo.cli.results import as_row, describe
-from pipo.cli.terminal import console, print_json, progress, working
+from pipo.cli.terminal import console, print_error, print_json, progress, working
 
 if TYPE_CHECKING:
     from pipo.engine.llm import LLM
-    from pipo.engine.request import SamplingParams
+    from pipo.engine.request import RequestOutput, SamplingParams
+
+EXIT_FAILED = 1
 
 
 @takes_engine
@@ -50,29 +52,41 @@ def generate(
 ) -> None:
     """Generate text from one or many prompts.
 
-    The text goes to standard output, and what it took to standard error.
+    The text goes to standard output, and what it took to standard error. Exits with 1 when a sample ended with an error.
     """
     prompts = collect_prompts(prompt, prompts_file, chat, system)
     params = sampling_params(sampling, n=n, logprobs=logprobs, record_pairs=record_pairs)
     with working(f"Loading {path}"):
         llm = open_engine(path, engine)
     if len(prompts) == n == 1 and not as_json:
-        show_stream(llm, prompts[0], params)
-        return
-    with progress("Generating", len(prompts) * n) as advance:
-        outputs = llm.generate(prompts, params, on_finish=advance)
-    if as_json:
-        print_json([as_row(output) for output in outputs])
-        return
+        outputs = [show_stream(llm, prompts[0], params)]
+    else:
+        with progress("Generating", len(prompts) * n) as advance:
+            outputs = llm.generate(prompts, params, on_finish=advance)
+        if as_json:
+            print_json([as_row(output) for output in outputs])
+        else:
+            show_texts(outputs, n)
+    num_errors = sum(output.finish_reason == "error" for output in outputs)
+    if num_errors:
+        print_error(
+            f"{num_errors} of {len(outputs)} samples ended with an error; `pipo info {path}` checks the weights"
+        )
+        raise typer.Exit(EXIT_FAILED)
+
+
+def show_texts(outputs: list[RequestOutput], n: int) -> None:
+    """Write the texts of all samples, each with what it took."""
     for number, output in enumerate(outputs):
         console().print(f"[bold]── prompt {number // n + 1}, sample {output.index + 1}[/bold]")
         typer.echo(output.text)
         console().print(f"[dim]{describe(output)}[/dim]")
 
 
-def show_stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
+def show_stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
     """Write one prompt's text as it comes, then what it took."""
     for event in llm.stream(prompt, params):
         typer.echo(event.text, nl=False)
     typer.echo()
     console().print(f"[dim]{describe(event.output)}[/dim]")
+    return event.output
