@@ -86,9 +86,10 @@ def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", module):
+    for pattern, value in (config.get("alpha_pattern") or {}).items():  # peft takes the first that matches
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
             alpha = value
+            break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -74,7 +74,8 @@ def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype | None, attenti
     """A freshly initialised regular model of `config`'s family (its `…ForCausalLM`).
 
     Raises:
-        UnsupportedModelError: transformers has no causal language model for this config, or PIPO refuses the family.
+        UnsupportedModelError: transformers has no causal language model for this config, or not with this attention
+            implementation; or PIPO refuses the family.
     """
     refuse_unsupported(config)
     kwargs: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
@@ -84,7 +85,7 @@ def build_causal_lm(config: PreTrainedConfig, dtype: torch.dtype | None, attenti
         model: nn.Module = AutoModelForCausalLM.from_config(config, **kwargs)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"transformers has no causal language model for the family {config.model_type!r}: {error}"
+            f"transformers can't build a causal language model of the family {config.model_type!r}: {error}"
         ) from error
     return model
 

@@ -7,7 +7,6 @@ Shape legend: B batch, T tokens, H width, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from pipo.errors import ConfigError
 from pipo.losses.token import cross_entropy
 from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
 from pipo.model.convert import as_dtype, load_base, load_mtp, split_hub_options
-from pipo.model.files import find_checkpoint, write_text, write_weights
+from pipo.model.files import find_checkpoint, write_checkpoint
 from pipo.model.modeling import PipoOutput
 from pipo.model.mtp import MtpBlock
 from pipo.pairing import IGNORE_INDEX
@@ -154,8 +153,7 @@ class BaseForCausalLM(nn.Module):
         tensors = dict(self.state_dict())
         if self.config.tie_word_embeddings:
             tensors.pop("lm_head.weight")
-        write_weights(folder, tensors, max_shard_size)
         config = {**self.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         architecture = type(self.config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"
         config["architectures"] = [architecture]
-        write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        write_checkpoint(folder, tensors, config, max_shard_size)

@@ -1,25 +1,22 @@
-"""PIPO checkpoints: strict loading of our layout, the authors' and LoRA adapters; saving; export."""
+"""Loading PIPO checkpoints, strictly: our layout, the authors', LoRA adapters. `save.py` writes them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from pipo.errors import CheckpointError, ConfigError, UnsupportedModelError
+from pipo.errors import CheckpointError, ConfigError
 from pipo.model.adapter import apply_adapter, is_adapter, read_adapter
 from pipo.model.backbone import build_causal_lm
-from pipo.model.config import PipoConfig
+from pipo.model.config import PipoConfig, family_config, layout_of, reading_config
 from pipo.model.convert import as_dtype, pipo_from_base, split_hub_options
-from pipo.model.files import WeightFiles, find_checkpoint, read_json, write_text, write_weights
+from pipo.model.files import WeightFiles, find_checkpoint, read_json
 from pipo.model.layout import is_vision, load_strictly
 from pipo.model.modeling import PipoForCausalLM
 
-REFERENCE_ARCHITECTURES = {"qwen3_5_text": "Qwen3_5ForCausalPIPO", "qwen3_5_moe_text": "Qwen3_5MoeForCausalPIPO"}
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IGNORED_OPTIONS = {
     "_from_auto",
@@ -35,16 +32,25 @@ def load_config(folder: Path) -> PipoConfig:
     """The config of a PIPO checkpoint in our layout or the authors' (flat, or nested under `text_config`).
 
     Raises:
-        CheckpointError: not a PIPO checkpoint; the message says what to do with a regular one.
+        CheckpointError: unreadable, or not a PIPO checkpoint; the message says what to do with a regular one.
+        UnsupportedModelError: a family that transformers does not know.
     """
     raw = read_json(folder / "config.json")
-    if raw.get("model_type") == "pipo":
-        return cast(PipoConfig, PipoConfig.from_dict(raw))
-    if not any(name.endswith("PIPO") for name in raw.get("architectures") or []):
+    layout = layout_of(raw)
+    if layout is None:
         raise CheckpointError(
             f"{folder} is a regular {raw.get('model_type')} checkpoint, not a PIPO one; make one of it with "
             "PipoForCausalLM.from_base or `pipo init`"
         )
+    with reading_config(folder / "config.json"):
+        config = cast(PipoConfig, PipoConfig.from_dict(raw)) if layout == "pipo" else _reference_config(raw)
+    if config.text_config is None:
+        raise CheckpointError(f"{folder / 'config.json'} has no text_config, the backbone's own config")
+    return config
+
+
+def _reference_config(raw: dict[str, Any]) -> PipoConfig:
+    """The authors' `config.json`: the backbone's fields flat, or nested under `text_config`."""
     text = raw.get("text_config", raw)
     compressor_type = raw.get("compressor_type", text.get("compressor_type", "linear"))
     model_type = text.get("model_type") or raw["model_type"]
@@ -57,8 +63,8 @@ def load_config(folder: Path) -> PipoConfig:
     if "tie_word_embeddings" in raw:
         kept["tie_word_embeddings"] = raw["tie_word_embeddings"]
     if text.get("mtp_num_hidden_layers", 1) != 1:
-        raise CheckpointError(f"{folder} has {text['mtp_num_hidden_layers']} MTP layers; PIPO has one")
-    config = AutoConfig.for_model(model_type, **kept)
+        raise CheckpointError(f"a PIPO model has one MTP layer, this one {text['mtp_num_hidden_layers']}")
+    config = family_config({"model_type": model_type, **kept})
     if config.dtype is None and raw.get("dtype"):
         config.dtype = raw["dtype"]
     return PipoConfig(config, compressor_type=compressor_type)
@@ -95,8 +101,9 @@ def load_pipo(
     folder = find_checkpoint(path_or_id, subfolder, **options)
     if is_adapter(folder):
         adapter = read_adapter(folder, base)
+        options.pop("revision", None)  # the adapter's own, not its base model's
         model = pipo_from_base(
-            adapter.base, adapter.compressor_type, dtype=wanted, attn_implementation=attn_implementation
+            adapter.base, adapter.compressor_type, dtype=wanted, attn_implementation=attn_implementation, **options
         )
         apply_adapter(model, adapter)
         return model
@@ -107,7 +114,7 @@ def load_pipo(
 
 def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, attention: str | None) -> PipoForCausalLM:
     files = WeightFiles(folder)
-    dtype = dtype or config.text_config.dtype or config.dtype or _stored_dtype(files)
+    dtype = dtype or config.dtype or config.text_config.dtype or _stored_dtype(files)
     with no_init_weights():
         causal_lm = build_causal_lm(config.text_config, as_dtype(dtype), attention)
         model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
@@ -152,106 +159,6 @@ def _check_tied_head(folder: Path, files: WeightFiles) -> None:
         raise CheckpointError(f"{folder} says its head is tied to the embedding, but stores another {HEAD}")
 
 
-def _tensors_to_save(model: PipoForCausalLM, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    tensors = dict(state_dict if state_dict is not None else model.state_dict())
-    if model.config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
-    return tensors
-
-
-def save_pipo(
-    model: PipoForCausalLM,
-    folder: Path,
-    *,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    max_shard_size: int | str = "5GB",
-    is_main_process: bool = True,
-    safe_serialization: bool = True,
-    **ignored: Any,
-) -> None:
-    """Write our layout: `config.json`, safetensors (sharded above `max_shard_size`), and a model card if there is none.
-
-    Raises:
-        ConfigError: `safe_serialization=False`; pickles are neither written nor read.
-    """
-    if not safe_serialization:
-        raise ConfigError("safe_serialization=False: PIPO writes safetensors only")
-    if not is_main_process:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = ["PipoForCausalLM"]
-    model.config.dtype = model.dtype
-    write_weights(folder, _tensors_to_save(model, state_dict), max_shard_size)
-    model.config.save_pretrained(folder)
-    if not (folder / "README.md").exists():
-        write_text(folder / "README.md", model_card(model))
-
-
-def export_reference(
-    model: PipoForCausalLM, folder: Path, *, nested: bool = False, max_shard_size: int | str = "5GB"
-) -> None:
-    """Write the authors' layout: `architectures: ["Qwen3_5ForCausalPIPO"]`, flat or nested under `text_config`.
-
-    Raises:
-        UnsupportedModelError: a family for which the authors have no layout.
-    """
-    text = model.config.text_config
-    architecture = REFERENCE_ARCHITECTURES.get(text.model_type)
-    if architecture is None:
-        raise UnsupportedModelError(
-            f"the authors' layout exists for {', '.join(REFERENCE_ARCHITECTURES)} only, not for {text.model_type!r}"
-        )
-    flat = {
-        **text.to_dict(),
-        "architectures": [architecture],
-        "compressor_type": model.config.compressor_type,
-        "mtp_num_hidden_layers": 1,
-        "pad_token_id": model.config.pad_token_id,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    tensors = _tensors_to_save(model, None)
-    config = flat
-    if nested:
-        config = {
-            "architectures": [architecture],
-            "model_type": text.model_type.removesuffix("_text"),
-            "tie_word_embeddings": flat["tie_word_embeddings"],
-            "dtype": flat["dtype"],
-            "text_config": flat,
-        }
-        tensors = {
-            "model.language_model." + k.removeprefix("model.") if k.startswith("model.") else k: v
-            for k, v in tensors.items()
-        }
-    write_weights(folder, tensors, max_shard_size)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-
-
-def model_card(model: PipoForCausalLM) -> str:
-    """A model card that says what the checkpoint is and how to run it."""
-    text = model.config.text_config
-    num_parameters = sum(p.numel() for p in model.parameters())
-    return f"""---
-library_name: pipo
-tags: [pipo, multi-token-prediction]
----
-
-A PIPO (Pair-In, Pair-Out) model: it reads two tokens per step and writes up to two.
-
-- backbone: `{text.model_type}`, {text.num_hidden_layers} layers, width {text.hidden_size}
-- compressor: `{model.config.compressor_type}`
-- parameters: {num_parameters:,}
-
-```python
-from pipo import LLM, SamplingParams
-
-print(LLM("this/folder").generate("Hello", SamplingParams(max_tokens=64))[0].text)
-```
-
-Method: arXiv 2605.27255.
-"""
-
-
 def is_pipo(folder: Path) -> bool:
     """Whether a folder holds a PIPO checkpoint, in our layout, the authors' or as an adapter; else a regular one.
 
@@ -260,5 +167,4 @@ def is_pipo(folder: Path) -> bool:
     """
     if is_adapter(folder):
         return True
-    raw = read_json(folder / "config.json")
-    return raw.get("model_type") == "pipo" or any(name.endswith("PIPO") for name in raw.get("architectures") or [])
+    return layout_of(read_json(folder / "config.json")) is not None

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
-from pipo.errors import ConfigError
+from pipo.errors import CheckpointError, ConfigError, PipoError, UnsupportedModelError
 
 CompressorType = Literal["mlp", "linear"]
 COMPRESSOR_TYPES: tuple[CompressorType, ...] = ("mlp", "linear")
+Layout = Literal["pipo", "reference"]
 
 
 class PipoConfig(PreTrainedConfig):
@@ -23,6 +28,7 @@ class PipoConfig(PreTrainedConfig):
 
     Raises:
         ConfigError: no usable PAD id, or an unknown compressor type.
+        UnsupportedModelError: transformers does not know the backbone's family.
     """
 
     model_type = "pipo"
@@ -36,10 +42,7 @@ class PipoConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
-            text_config = dict(text_config)
-            if "model_type" not in text_config:
-                raise ConfigError("text_config has no model_type, so its family is unknown")
-            text_config = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
+            text_config = family_config(text_config)
         if text_config is not None:
             text_config = text_config.get_text_config(decoder=True)
         if compressor_type not in COMPRESSOR_TYPES:
@@ -49,8 +52,8 @@ class PipoConfig(PreTrainedConfig):
         if text_config is not None:
             pad_token_id = _pad_id(pad_token_id, text_config)
             kwargs.setdefault("attn_implementation", text_config._attn_implementation)
-            kwargs.setdefault("eos_token_id", text_config.eos_token_id)
-            kwargs.setdefault("bos_token_id", text_config.bos_token_id)
+            kwargs.setdefault("eos_token_id", getattr(text_config, "eos_token_id", None))
+            kwargs.setdefault("bos_token_id", getattr(text_config, "bos_token_id", None))
             kwargs["tie_word_embeddings"] = bool(text_config.tie_word_embeddings)
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
@@ -70,10 +73,48 @@ class PipoConfig(PreTrainedConfig):
         return int(self.text_config.max_position_embeddings)
 
 
+def family_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """A transformers config from its fields, `model_type` included.
+
+    Raises:
+        ConfigError: no `model_type`. UnsupportedModelError: one that transformers does not know.
+    """
+    others = dict(fields)
+    model_type = others.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("the backbone's config has no model_type, so its family is unknown")
+    refuse_unknown(model_type)
+    return AutoConfig.for_model(model_type, **others)
+
+
+def refuse_unknown(model_type: object) -> None:
+    """Raise `UnsupportedModelError` for a family that this version of transformers does not know."""
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(f"transformers {transformers_version} does not know the family {model_type!r}")
+
+
+def layout_of(raw: dict[str, Any]) -> Layout | None:
+    """What a `config.json` announces: our layout (`pipo`), the authors' (`reference`), or None, a regular model."""
+    if raw.get("model_type") == PipoConfig.model_type:
+        return "pipo"
+    return "reference" if any(str(name).endswith("PIPO") for name in raw.get("architectures") or []) else None
+
+
+@contextmanager
+def reading_config(path: object) -> Iterator[None]:
+    """Turn what transformers raises at a value that can't be used into a `CheckpointError` that names the file."""
+    try:
+        yield
+    except PipoError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path} can't be used: {' '.join(str(error).split())}") from error
+
+
 def _pad_id(pad_token_id: int | None, text_config: PreTrainedConfig) -> int:
     """The id that fills empty second slots: the one given, else the backbone's PAD, else its first end-of-text id."""
-    eos = text_config.eos_token_id
-    for candidate in (pad_token_id, text_config.pad_token_id, eos[0] if isinstance(eos, list) else eos):
+    pad, eos = (getattr(text_config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    for candidate in (pad_token_id, pad, eos[0] if isinstance(eos, list) else eos):
         if candidate is None:
             continue
         if not 0 <= candidate < text_config.vocab_size:

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
-from pipo.errors import CheckpointError, ConfigError, UnsupportedModelError
+from pipo.errors import CheckpointError, ConfigError
 from pipo.model.backbone import refuse_unsupported, text_config_of
-from pipo.model.config import PipoConfig
+from pipo.model.config import PipoConfig, layout_of, reading_config, refuse_unknown
 from pipo.model.files import HUB_OPTIONS, WeightFiles, find_checkpoint, key_error, read_json
-from pipo.model.layout import is_vision, load_strictly, module_name
+from pipo.model.layout import is_vision, load_strictly, module_name, refuse_stored_twice
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.mtp import MtpBlock
 
@@ -63,30 +63,51 @@ def load_base(
         CheckpointError: unreadable, missing or unexpected tensors, or a PIPO checkpoint.
         UnsupportedModelError: a family that PIPO can't run.
     """
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") == "pipo" or any("PIPO" in name for name in raw.get("architectures") or []):
-        raise CheckpointError(f"{folder} is a PIPO checkpoint already; a base model is a regular one")
+    config = base_config(folder)
     files = WeightFiles(folder)
-    try:
-        config = text_config_of(AutoConfig.from_pretrained(folder))
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"{folder}: transformers does not know model_type {raw.get('model_type')!r}"
-        ) from error
     refuse_unsupported(config)
+    refuse_stored_twice(files, list(files))
     kwargs: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         with _quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, **kwargs
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+                use_safetensors=True,
+                trust_remote_code=False,
+                **kwargs,
             )
     except (ValueError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder} can't be loaded as a {config.model_type} model: {error}") from error
+        reason = str(error)
+        if "above report" in reason:  # which is in the log, and silenced
+            reason = "tensors that are joined into one, as experts are, do not fit each other"
+        raise CheckpointError(f"{folder} can't be loaded as a {config.model_type} model: {reason}") from error
     unexpected = [k for k in info["unexpected_keys"] if not k.startswith("mtp.") and not is_vision(k)]
-    missing, misshapen = [*info["missing_keys"]], [str(k) for k in info["mismatched_keys"]]
+    missing = [*info["missing_keys"]]
+    misshapen = [f"{key} {tuple(is_)} should be {tuple(should)}" for key, is_, should in info["mismatched_keys"]]
     if missing or unexpected or misshapen:
         raise key_error(folder, missing=missing, unexpected=unexpected, misshapen=misshapen)
     return model, config, files
+
+
+def base_config(folder: Path) -> PreTrainedConfig:
+    """The text config of a regular checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, or a PIPO checkpoint. UnsupportedModelError: a family unknown to transformers.
+    """
+    raw = read_json(folder / "config.json")
+    if layout_of(raw) is not None:
+        raise CheckpointError(f"{folder} is a PIPO checkpoint already; a base model is a regular one")
+    refuse_unknown(raw.get("model_type"))
+    with reading_config(folder / "config.json"):
+        config = text_config_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    if "tie_word_embeddings" in raw:  # a multimodal config says it once for the whole model
+        config.tie_word_embeddings = raw["tie_word_embeddings"]
+    return config
 
 
 def load_mtp(mtp: MtpBlock, files: WeightFiles) -> bool:

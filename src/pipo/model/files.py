@@ -22,6 +22,7 @@ from pipo.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PARTIAL = ".partial"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -51,9 +52,11 @@ def find_checkpoint(path_or_id: str | Path, subfolder: str | None = None, **hub:
         return folder
     if path.exists() or path.is_absolute() or str(path_or_id).startswith("."):
         raise CheckpointError(f"{path_or_id} is not a folder with a checkpoint")
-    patterns = [f"{subfolder}/{pattern}" for pattern in PATTERNS] if subfolder else PATTERNS
+    # A pattern's * also matches slashes: other folders of the repository are left out by name.
+    inside = f"{subfolder}/" if subfolder else ""
+    wanted, others = [inside + pattern for pattern in PATTERNS], f"{inside}*/*"
     try:
-        root = huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns, **hub)
+        root = huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=wanted, ignore_patterns=others, **hub)
     except HFValidationError as error:
         raise CheckpointError(f"{path_or_id} is neither a folder nor a hub repository id (owner/name)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -156,28 +159,42 @@ def key_error(where: object, **problems: list[str]) -> CheckpointError:
     return CheckpointError(f"{where} does not hold what its config says: {text.rstrip('; ')}")
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
-    """Write tensors as one safetensors file, or as shards with an index where they exceed `max_shard_size`.
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], max_shard_size: int | str = "5GB"
+) -> None:
+    """Write `config.json` and the tensors, as one safetensors file or as shards with an index above `max_shard_size`.
 
-    Each file is written aside and then renamed, so a kill never leaves half a file under its final name.
+    All weights are written aside first, then renamed, and the config comes last: a full disk leaves the checkpoint that
+    was here as it was, and a kill at any moment never leaves half a checkpoint that can be loaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if old.name not in split.filename_to_tensors:
+    config_text = _json_text(config)
+    for left_over in folder.glob(f".*{PARTIAL}"):
+        left_over.unlink()
+    try:
+        for name, keys in split.filename_to_tensors.items():
+            part = {key: tensors[key].detach().contiguous().cpu() for key in keys}
+            save_file(part, folder / f".{name}{PARTIAL}", metadata={"format": "pt"})
+        for old in [folder / "config.json", folder / INDEX, *folder.glob("model*.safetensors")]:
             old.unlink(missing_ok=True)
-    for name, keys in split.filename_to_tensors.items():
-        part = {key: tensors[key].detach().contiguous().cpu() for key in keys}
-        save_file(part, folder / f".{name}.partial", metadata={"format": "pt"})
-        os.replace(folder / f".{name}.partial", folder / name)
+        for name in split.filename_to_tensors:
+            os.replace(folder / f".{name}{PARTIAL}", folder / name)
+    finally:
+        for left_over in folder.glob(f".*{PARTIAL}"):
+            left_over.unlink()
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / INDEX, _json_text({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
+    write_text(folder / "config.json", config_text)
+
+
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

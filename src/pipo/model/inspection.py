@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pipo.errors import CheckpointError, UnsupportedModelError
 from pipo.model.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
-from pipo.model.backbone import text_config_of
-from pipo.model.checkpoint import check_weights, is_pipo, load_config
-from pipo.model.convert import load_base
+from pipo.model.checkpoint import check_weights, load_config
+from pipo.model.config import layout_of
+from pipo.model.convert import base_config, load_base
 from pipo.model.files import WEIGHTS, WeightFiles, has_tokenizer, read_json
 from pipo.model.layout import is_vision, module_name
 
@@ -117,10 +117,8 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
     """
     if is_adapter(folder):
         return _inspect_adapter(folder)
-    if not is_pipo(folder):
-        return _inspect_base(folder)
-    is_ours = read_json(folder / "config.json").get("model_type") == "pipo"
-    return _inspect_pipo(folder, "pipo" if is_ours else "reference")
+    layout = layout_of(read_json(folder / "config.json"))
+    return _inspect_base(folder) if layout is None else _inspect_pipo(folder, layout)
 
 
 def _inspect_pipo(folder: Path, kind: Kind) -> CheckpointReport:
@@ -139,12 +137,10 @@ def _inspect_base(folder: Path) -> CheckpointReport:
     report = CheckpointReport(folder, "base")
     files = _WatchedFiles(report)
     try:
-        _describe(report, text_config_of(AutoConfig.from_pretrained(folder)))
+        _describe(report, base_config(folder))
         load_base(folder)
     except (CheckpointError, UnsupportedModelError) as error:
         report.problems.append(str(error))
-    except ValueError as error:  # transformers' answer to a family it does not know
-        report.problems.append(f"transformers can't read its config: {error}")
     return _finish(report, files)
 
 

@@ -7,6 +7,7 @@ The authors': the same, the backbone also under `model.language_model.*`, expert
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -64,7 +65,19 @@ def _stack_experts(files: WeightFiles, name: str, parts: dict[tuple[int, str], s
     if lost:
         raise key_error(files.folder, missing=lost)
     tensors = dict(files.read(parts.values()))
-    return torch.stack([torch.cat([tensors[parts[i, kind]] for kind in kinds]) for i in range(num_experts)])
+    try:
+        return torch.stack([torch.cat([tensors[parts[i, kind]] for kind in kinds]) for i in range(num_experts)])
+    except RuntimeError as error:
+        raise key_error(files.folder, misshapen=[f"{name}: its experts differ in shape"]) from error
+
+
+def refuse_stored_twice(files: WeightFiles, keys: list[str]) -> None:
+    """Raise `CheckpointError` for tensors stored under both prefixes, or both as one and expert by expert."""
+    names = [module_name(key) for key in keys]
+    one_by_one = {fused_name(name) for name in names if EXPERT.fullmatch(name)}
+    twice = [name for name, count in Counter(names).items() if count > 1 or name in one_by_one]
+    if twice:
+        raise key_error(files.folder, stored_twice=twice)
 
 
 def load_strictly(
@@ -78,14 +91,17 @@ def load_strictly(
     """Copy tensors into a module's parameters and persistent buffers, all of them, and nothing else.
 
     Args:
-        keys: the checkpoint's names to use. prefix: what to take off their module names.
+        keys: the checkpoint's names to use. prefix: of the module's own names in the checkpoint.
         optional: module names that may be absent from the checkpoint (a tied head).
 
     Raises:
-        CheckpointError: names every missing, unexpected and misshapen tensor; nothing is left half loaded unnoticed.
+        CheckpointError: names every tensor that is missing, unexpected, misshapen or stored twice. The module is then
+            of no use: some of its tensors may be written.
     """
-    targets = module.state_dict(keep_vars=True)
-    names = {fused_name(module_name(key)).removeprefix(prefix) for key in keys}
+    targets = {prefix + name: value for name, value in module.state_dict(keep_vars=True).items()}
+    keys = list(keys)
+    refuse_stored_twice(files, keys)
+    names = {fused_name(module_name(key)) for key in keys}
     missing = sorted(set(targets) - names - optional)
     unexpected = sorted(names - set(targets))
     if missing or unexpected:
@@ -93,7 +109,7 @@ def load_strictly(
     misshapen: list[str] = []
     with torch.no_grad():
         for name, tensor in read_named(files, keys):
-            target = targets[name.removeprefix(prefix)]
+            target = targets[name]
             if tensor.shape != target.shape:
                 misshapen.append(f"{name} {tuple(tensor.shape)} should be {tuple(target.shape)}")
             elif tensor.is_floating_point() != target.is_floating_point():

@@ -262,13 +262,19 @@ class PipoForCausalLM(PreTrainedModel):
         return load_pipo(path_or_id, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write config, safetensors and a model card. See :func:`pipo.model.checkpoint.save_pipo`."""
-        from pipo.model.checkpoint import save_pipo
+        """Write config, safetensors and a model card. See :func:`pipo.model.save.save_pipo`."""
+        from pipo.model.save import save_pipo
 
         save_pipo(self, Path(save_directory), **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload config, safetensors and a model card to the hub. See :func:`pipo.model.save.push_pipo`."""
+        from pipo.model.save import push_pipo
+
+        return push_pipo(self, repo_id, **kwargs)
+
     def export_reference(self, directory: str | Path, **kwargs: Any) -> None:
-        """Write the authors' checkpoint layout. See :func:`pipo.model.checkpoint.export_reference`."""
-        from pipo.model.checkpoint import export_reference
+        """Write the authors' checkpoint layout. See :func:`pipo.model.save.export_reference`."""
+        from pipo.model.save import export_reference
 
         export_reference(self, Path(directory), **kwargs)
