@@ -60,6 +60,7 @@ def test_the_next_turn_reads_the_reply_as_it_was_written(family: str) -> None:
     """With the pairing remembered, a chat's second turn takes over the first turn and its reply, rejected drafts and all."""
     model = pipo_model(family)
     outputs: dict[int, list[Any]] = {}
+    previous: list[int] = []
     probe = LLM(model).generate(prompt([5, 9, 40]), dataclasses.replace(PARAMS, max_tokens=60))[0]
     shown = sorted(p.confidence for p in probe.pairs or [] if p.confidence is not None)
     threshold = shown[len(shown) // 2] + 1e-3
