@@ -73,6 +73,8 @@ class BaseRunner:
         """Pair records exist only where pairs do."""
         if sequence.params.record_pairs:
             raise RequestError(f"record_pairs: the method {self.name!r} writes no pairs")
+        if self.drafts and sequence.constraint is not None:
+            raise RequestError(f"structured output is not supported by the method {self.name!r}")
 
     def num_positions(self, sequence: Sequence) -> int:
         """Tokens of prompt and output."""

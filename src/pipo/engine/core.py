@@ -191,7 +191,7 @@ class Engine:
         for row in reversed(range(first_row, len(self.running))):
             sequence = self.running[row]
             step = steps[row - first_row]
-            if not step.finite:
+            if not step.finite or (sequence.constraint is not None and sequence.constraint.failed):
                 self._leave(row)
                 told.append((sequence, StepText(sequence.end("error"), len(sequence.token_ids), None)))
                 continue

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipo.data.conversation import encode_text, load_tokenizer, render_chat
 from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, SpeculativeRunner
+from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import CacheBudget, Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
 from pipo.engine.prefix import PairMemory
@@ -108,6 +109,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
+        self._constraints = ConstraintFactory(self.tokenizer, self.vocab_size, self.eos_token_ids)
         self.pair_memory = PairMemory(remember_pairs)
         self.engine.on_finish = lambda sequence: self.pair_memory.remember(sequence.prompt_pairs, sequence.pairs)
         self._seeds = random.Random(seed)
@@ -283,6 +285,7 @@ class LLM:
                 detokenizer=Detokenizer(self._decoder, params.stop_strings),
                 arrival_s=arrival_s,
                 prompt=text,
+                constraint=self._constraints.build(params),
             )
             for index in range(params.n)
         ]

@@ -59,6 +59,12 @@ class SamplingParams:
     """0 … 20: log-probabilities of every visible token and of this many most likely ones; `None` is off."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids, each in [−100, 100]."""
+    json_schema: Mapping[str, Any] | str | None = None
+    """Write only JSON that fits this schema (extra `serve`); `{"type": "object"}` for any object."""
+    regex: str | None = None
+    """Write only text that this regular expression matches whole (extra `serve`)."""
+    grammar: str | None = None
+    """Write only text of this Lark grammar (extra `serve`)."""
     n: int = 1
     """≥ 1 samples of the prompt, each with a seed derived from `seed` and its index."""
     threshold: float = 0.95
@@ -114,6 +120,9 @@ class SamplingParams:
         for name in ("ignore_eos", "record_pairs"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
+        constraints = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(constraints) > 1:
+            raise _wrong(" and ".join(constraints), "both", "one at a time")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise _wrong("stop", self.stop, "strings that are not empty")
@@ -167,7 +176,7 @@ class RequestOutput:
     """Without special tokens, stop token and stop string. Empty when there is no tokenizer."""
     finish_reason: FinishReason | None
     """`stop`: a stop id or string; `length`: `max_tokens` or the context; `abort`: the caller's; `error`: the model gave numbers that
-    are not finite, and this sample ended before them; `None` while running."""
+    are not finite, or the grammar allowed no token, and this sample ended before it; `None` while running."""
     num_pairs: int
     """Steps: the one of prefill and one per decoding step."""
     num_committed: int

@@ -97,8 +97,10 @@ class RowSampling:
     def _rows(self, sequences: Seq[Sequence], batch: SamplingBatch, history: TokenHistory | None) -> Rows:
         counts = torch.tensor([[s.position for s in sequences], [len(s.token_ids) for s in sequences]])
         position_B, num_tokens_B = to_device(counts, self.device)
+        constraints = {i: s.constraint for i, s in enumerate(sequences) if s.constraint is not None}
         records = tuple(i for i, s in enumerate(sequences) if s.params.record_pairs)
-        return Rows(batch, history, position_B, None if batch.min_stops is None else num_tokens_B, records)
+        num_tokens = None if batch.min_stops is None else num_tokens_B
+        return Rows(batch, history, position_B, num_tokens, constraints, records)
 
 
 class PipoRunner:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from pipo.engine.constraint import Constraint
 from pipo.engine.detokenize import Detokenizer
 from pipo.engine.request import (
     FinishReason,
@@ -64,6 +65,8 @@ class Sequence:
     detokenizer: Detokenizer
     arrival_s: float
     prompt: str | None = None
+    constraint: Constraint | None = None
+    """Its place in the grammar it must follow."""
     token_ids: list[int] = field(default_factory=list)
     counts: TokenCounts = field(default_factory=TokenCounts)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -125,12 +128,14 @@ class Sequence:
         self.token_ids.append(token)
         if self.params.logprobs is not None and logprob is not None:
             self.logprobs.append(logprob)
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if token in self.stop_ids:
             self.finish_reason = "stop"
             return ""
         check = len(self.token_ids) > self.params.min_tokens
         text = self.detokenizer.push(token, check_stop=check)
-        if self.detokenizer.stop_string is not None:
+        if self.detokenizer.stop_string is not None or (self.constraint is not None and self.constraint.complete):
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"

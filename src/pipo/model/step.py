@@ -8,8 +8,8 @@ Shape legend: B rows, L positions (pairs, or tokens of a regular model), T slots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -57,6 +57,14 @@ class Drafter(Protocol):
     def embed(self, ids: Tensor) -> Tensor: ...
 
 
+class TokenConstraint(Protocol):
+    """A grammar's say on what a row may write: bool `[V]` on the host."""
+
+    def allowed(self) -> Tensor: ...
+
+    def allowed_after(self, token: int) -> Tensor: ...
+
+
 @dataclass
 class Rows:
     """What sampling knows about the rows of a step."""
@@ -68,6 +76,8 @@ class Rows:
     """int64: each row's number of steps before this one. With the row's seed it decides the draw."""
     num_tokens_B: Tensor | None
     """int64: visible tokens before this step; needed where a row uses min-tokens."""
+    constraints: Mapping[int, TokenConstraint] = field(default_factory=dict)
+    """Rows whose next tokens a grammar limits. Following it for token 2 takes a look at token 1, so one more wait."""
     records: tuple[int, ...] = ()
     """Rows that asked for their pair records: their draft is always drawn."""
 
@@ -77,13 +87,27 @@ class Rows:
         wanted = self.batch.max_logprobs
         return 0 if wanted is None and self.records else wanted
 
-    def draw(self, logits_BV: Tensor, slot: int) -> tuple[Tensor, TokenLogprobs | None]:
-        """One token per row, and its log-probabilities under the raw logits where somebody asks."""
+    def draw(self, logits_BV: Tensor, slot: int, token1_B: Tensor | None = None) -> tuple[Tensor, TokenLogprobs | None]:
+        """One token per row, and its log-probabilities under the raw logits where somebody asks.
+
+        `token1_B`: what stands before it in the pair, for token 2.
+        """
         num_tokens_B = None if self.num_tokens_B is None else self.num_tokens_B + (slot == TOKEN2)
-        processed_BV = process_logits(logits_BV, self.batch, self.history, num_tokens_B)
+        limited_BV = self._limit(logits_BV, token1_B) if self.constraints else logits_BV
+        processed_BV = process_logits(limited_BV, self.batch, self.history, num_tokens_B)
         token_B = sample(processed_BV, self.batch, self.position_B, slot)
         num = self.num_logprobs
         return token_B, None if num is None else token_logprobs(logits_BV, token_B, num)
+
+    def _limit(self, logits_BV: Tensor, token1_B: Tensor | None) -> Tensor:
+        """Take away what the rows' grammars forbid."""
+        tokens = None if token1_B is None else token1_B.tolist()
+        rows = list(self.constraints)
+        masks = [c.allowed() if tokens is None else c.allowed_after(tokens[row]) for row, c in self.constraints.items()]
+        forbidden = ~torch.stack(masks).to(logits_BV.device)
+        limited_BV = logits_BV.clone()
+        limited_BV[rows] = limited_BV[rows].masked_fill(forbidden, -torch.inf)
+        return limited_BV
 
     def count(self, token_B: Tensor, mask_B: Tensor | None = None) -> None:
         """Enter drawn tokens into the history."""
@@ -128,7 +152,7 @@ def write_pair(
     if logits2_BV is None:
         none_B = torch.full_like(token1_B, NO_DRAFT)
         return PairResult(token1_B, none_B, confidence_B, committed_B, finite_B, logprobs1, None)
-    draft_B, logprobs2 = rows.draw(logits2_BV, TOKEN2)
+    draft_B, logprobs2 = rows.draw(logits2_BV, TOKEN2, token1_B)
     rows.count(draft_B, committed_B)
     if drawn_B is not None:
         draft_B = draft_B.masked_fill(~drawn_B, NO_DRAFT)
