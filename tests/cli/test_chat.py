@@ -66,12 +66,14 @@ def chat(run, folder, lines, *options):
 def test_answers_are_streamed_and_remembered(run, pipo_folder, monkeypatch):
     from pipo.engine.llm import LLM
 
-    asked = []
+    asked, cached = [], []
     stream = LLM.stream
 
     def spy(self, prompt, params):
         asked.append(prompt)
-        return stream(self, prompt, params)
+        for event in stream(self, prompt, params):
+            yield event
+        cached.append(event.output.num_cached_tokens)
 
     monkeypatch.setattr(LLM, "stream", spy)
     result = chat(run, pipo_folder, ["hi", "again", "/reset", "new"], "--system", "Be kind.")
@@ -82,6 +84,8 @@ def test_answers_are_streamed_and_remembered(run, pipo_folder, monkeypatch):
         ["system", "user"],
     ]
     assert asked[1][2]["content"] in result.stdout
+    assert cached[0] == 0, "nothing came before the first turn"
+    assert cached[1] > 0, "the second turn goes on from the first"
     assert result.stderr.count("8 tokens in") == 3
 
 
@@ -89,8 +93,8 @@ def test_the_threshold_moves_live(run, pipo_folder):
     lines = ["/threshold 0", "hi", "/threshold 2", "hi", "/threshold high", "/nonsense", "/quit", "never read"]
     result = chat(run, pipo_folder, lines)
     assert result.exit_code == 0
-    assert "8 tokens in 4 pairs" in result.stderr
-    assert "8 tokens in 8 pairs" in result.stderr
+    assert "8 tokens in 4 steps" in result.stderr
+    assert "8 tokens in 8 steps" in result.stderr
     assert "takes a number" in result.stderr
     assert "/nonsense is no command" in result.stderr
     assert result.stderr.count("tokens in") == 2

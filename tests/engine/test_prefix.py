@@ -67,6 +67,7 @@ def test_the_next_turn_reads_the_reply_as_it_was_written(family: str) -> None:
     for cache_bytes in (0, 64 * MEBIBYTE):
         llm = LLM(model, prefix_cache_bytes=cache_bytes, remember_pairs=10_000)
         text: list[int] = [5, 9, 40]
+        previous: list[int] = []
         for turn in range(3):
             output = llm.generate(prompt(text), dataclasses.replace(PARAMS, max_tokens=25, threshold=threshold))[0]
             assert 0 < output.num_committed < output.num_pairs

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pipo.engine.llm import LLM
     from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 
+PREFIX_CACHE_BYTES = 2**30
+REMEMBERED_TOKENS = 2**20
+"""So that a turn goes on from the conversation so far instead of reading it again."""
+
 COMMITTED, REJECTED = "green", "red strike"
 
 COMMANDS = """\
@@ -49,7 +53,8 @@ def chat(
     """
     params = sampling_params(sampling)
     with working(f"Loading {path}"):
-        llm = open_engine(path, engine)
+        memory = {"prefix_cache_bytes": PREFIX_CACHE_BYTES, "remember_pairs": REMEMBERED_TOKENS}
+        llm = open_engine(path, engine, **memory)
     conversation = Conversation(llm, params, system, color_drafts)
     notes = console()
     notes.print(f"[dim]{COMMANDS}[/dim]")

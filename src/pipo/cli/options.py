@@ -154,9 +154,9 @@ def _parse_bias(text: str) -> tuple[int, float]:
         raise RequestError(f"--logit-bias takes ID=B, such as 42=-5, got {text!r}") from None
 
 
-def open_engine(path: str, engine: dict[str, Any]) -> LLM:
-    """The engine on checkpoint `path`, as the options say."""
+def open_engine(path: str, engine: dict[str, Any], **more: Any) -> LLM:
+    """The engine on checkpoint `path`, as the options say, and `more` as `LLM` takes it."""
     from pipo.engine.llm import LLM
 
     chosen: dict[str, Any] = {name: None if value == AUTO else value for name, value in engine.items()}
-    return LLM(path, **chosen)
+    return LLM(path, **chosen, **more)

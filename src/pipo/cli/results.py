@@ -16,10 +16,10 @@ def as_row(output: RequestOutput) -> dict[str, Any]:
 
 
 def describe(output: RequestOutput) -> str:
-    """One line: how it ended, tokens, pairs, rejected drafts, times."""
+    """One line: how it ended, tokens, steps, rejected drafts, times."""
     parts = [
         f"{output.finish_reason or 'interrupted'}",
-        f"{output.num_tokens} tokens in {output.num_pairs} pairs ({output.tokens_per_step:.2f} a step)",
+        f"{output.num_tokens} tokens in {output.num_pairs} steps ({output.tokens_per_step:.2f} a step)",
         f"{output.num_rejected} drafts rejected",
     ]
     if output.ttft_s is not None:
