@@ -186,6 +186,41 @@ def split_pairs(slots: Slots, ratio: float, rng: random.Random, pad_id: int) -> 
     return Slots(ids, labels, filler)
 
 
+def reject_drafts(slots: Slots, ratio: float, rng: random.Random, pad_id: int) -> Slots:
+    """Lay supervised turns out as a gate does that rejects each draft with probability ``ratio``.
+
+    What follows a rejected draft is paired anew, as in decoding: ``(a, b), (c, d) → (a, PAD), (b, c), (d, PAD)``.
+    :func:`split_pairs` never shows a model that: there ``b`` and ``d`` stay in slots of their own. The token that was rejected
+    stays as the label of its slot, so the second head learns there too.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise PairingError(f"the share of drafts to reject must lie in [0, 1], got {ratio}")
+    ids: list[int] = []
+    labels: list[int] = []
+    filler: list[bool] = []
+    pair = 0
+    while pair < len(slots.ids) // 2:
+        if slots.labels[2 * pair] == IGNORE_INDEX:
+            ids += slots.ids[2 * pair : 2 * pair + 2]
+            labels += slots.labels[2 * pair : 2 * pair + 2]
+            filler += slots.filler[2 * pair : 2 * pair + 2]
+            pair += 1
+            continue
+        first = 2 * pair
+        while pair < len(slots.ids) // 2 and slots.labels[2 * pair] != IGNORE_INDEX:
+            pair += 1
+        tokens = [slots.ids[slot] for slot in range(first, 2 * pair) if not slots.filler[slot]]
+        at = 0
+        while at < len(tokens):
+            token2 = tokens[at + 1] if at + 1 < len(tokens) else None
+            commit = token2 is not None and rng.random() >= ratio
+            ids += [tokens[at], token2 if token2 is not None and commit else pad_id]
+            labels += [tokens[at], IGNORE_INDEX if token2 is None else token2]
+            filler += [False, not commit]
+            at += 1 + commit
+    return Slots(ids, labels, filler)
+
+
 # --- a regular teacher's view of paired text ----------------------------------------------------------
 
 

@@ -1,0 +1,123 @@
+"""OPD in the demo: rollouts by the real engine, and what a regular teacher thinks of them. Section 3.2 of the paper.
+
+Shape legend: B batch, T slots, L = T/2 pairs, H width, V vocabulary, N supervised positions of one head.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipo.demo.batches import slot_batch, stack
+from pipo.demo.tokenizer import END_ID, PAD_ID
+from pipo.engine.llm import LLM
+from pipo.engine.request import RequestOutput, SamplingParams
+from pipo.losses.confidence import confidence_loss
+from pipo.model.base import BaseForCausalLM
+from pipo.model.modeling import PipoForCausalLM
+from pipo.pairing import IGNORE_INDEX, TOKEN1_LABELS, TOKEN2_LABELS, Slots, teacher_positions_of_steps, teacher_tokens
+
+MAX_ROLLOUT_TOKENS = 40
+"""No right solution is longer than 26 tokens."""
+
+ALWAYS_COMMIT, NEVER_COMMIT = 0.0, 1.01
+
+
+class DistilLosses(NamedTuple):
+    """Means over each head's own supervised positions; `loss` is their sum. `agreement` is the mean of `1 − TV`."""
+
+    loss: Tensor
+    backbone_loss: Tensor
+    mtp_loss: Tensor
+    confidence_loss: Tensor
+    agreement: Tensor
+
+
+def draw_threshold(rng: random.Random) -> float:
+    """The gate of one rollout. Every gate that may be set later must be met in training, the two ends included."""
+    kind = rng.random()
+    if kind < 0.25:
+        return ALWAYS_COMMIT
+    if kind < 0.45:
+        return NEVER_COMMIT
+    return rng.uniform(0.3, 0.99)
+
+
+def roll_out(engine: LLM, prompts: list[list[int]], rng: random.Random) -> list[Slots]:
+    """One rollout of every prompt, each with a gate of its own, as slots."""
+    params = [
+        SamplingParams(
+            max_tokens=MAX_ROLLOUT_TOKENS,
+            threshold=draw_threshold(rng),
+            seed=rng.getrandbits(32),
+            record_pairs=True,
+        )
+        for _ in prompts
+    ]
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    return [slots_of_rollout(output) for output in outputs]
+
+
+def slots_of_rollout(output: RequestOutput) -> Slots:
+    """The slots that the student read and wrote. A rejected draft's slot is filler, and keeps the draft as its label: that
+    is where MTP and gate learn what they were wrong about. The tail's filler has no label."""
+    ids = list(output.prompt_token_ids)
+    filler = [False] * len(ids)
+    if len(ids) % 2:
+        ids.append(PAD_ID)
+        filler.append(True)
+    labels = [IGNORE_INDEX] * len(ids)
+    pairs = output.pairs or []
+    for index, pair in enumerate(pairs):
+        cut_off = pair.token1 == END_ID or (index == len(pairs) - 1 and output.finish_reason == "length")
+        draft = IGNORE_INDEX if cut_off or pair.draft is None else pair.draft
+        ids += [pair.token1, draft if pair.committed and not cut_off else PAD_ID]
+        labels += [pair.token1, draft]
+        filler += [False, not (pair.committed and not cut_off)]
+    return Slots(ids, labels, filler)
+
+
+def distil_losses(student: PipoForCausalLM, teacher: BaseForCausalLM, rows: list[Slots]) -> DistilLosses:
+    """Full-vocabulary reverse KL of both heads against the teacher, and BCE of the gate against `1 − TV`."""
+    ids_BT, labels_BT = slot_batch(rows)
+    output = student(input_ids=ids_BT)
+    teacher1_BLV, teacher2_BLV = _teacher_log_probs(teacher, rows, ids_BT.shape[1] // 2 - 1)
+    kept1, kept2 = (labels_BT[:, steps] != IGNORE_INDEX for steps in (TOKEN1_LABELS, TOKEN2_LABELS))
+    backbone = reverse_kl(student.head(output.backbone_hidden[:, :-1][kept1]), teacher1_BLV[kept1])
+    mtp_logits_NV = student.head(output.mtp_hidden[kept2])
+    mtp = reverse_kl(mtp_logits_NV, teacher2_BLV[kept2])
+    agreement_N = overlap(mtp_logits_NV.detach(), teacher2_BLV[kept2])
+    confidence = confidence_loss(output.confidence_logits[kept2], agreement_N)
+    return DistilLosses(backbone + mtp + confidence, backbone, mtp, confidence, agreement_N.mean())
+
+
+def reverse_kl(student_logits_NV: Tensor, teacher_log_probs_NV: Tensor) -> Tensor:
+    """Mean of `Σ_v p_s (log p_s − log p_t)` over the positions, float32; zero where there are none."""
+    log_probs_NV = F.log_softmax(student_logits_NV.float(), dim=-1)
+    divergence_N = (log_probs_NV.exp() * (log_probs_NV - teacher_log_probs_NV)).sum(-1)
+    return divergence_N.sum() / max(divergence_N.numel(), 1)
+
+
+def overlap(student_logits_NV: Tensor, teacher_log_probs_NV: Tensor) -> Tensor:
+    """`Σ_v min(p_s, p_t) = 1 − TV` `[N]`: how likely speculative sampling would accept the student's draft."""
+    return torch.minimum(F.softmax(student_logits_NV.float(), dim=-1), teacher_log_probs_NV.exp()).sum(-1)
+
+
+@torch.no_grad()
+def _teacher_log_probs(teacher: BaseForCausalLM, rows: list[Slots], num_steps: int) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities `[B, L-1, V]` for what each backbone step and each MTP step predicts."""
+    tokens = [teacher_tokens(row) for row in rows]
+    hidden_BTH = teacher(input_ids=stack(tokens, tokens).ids).backbone_hidden
+    log_probs_BTV = F.log_softmax(teacher.head(hidden_BTH).float(), dim=-1)
+    found = []
+    for which in (0, 1):
+        positions_BL = torch.zeros(len(rows), num_steps, dtype=torch.long)
+        for index, row in enumerate(rows):
+            positions = teacher_positions_of_steps(row.filler)[which]
+            positions_BL[index, : len(positions)] = torch.tensor(positions)
+        found.append(log_probs_BTV.gather(1, positions_BL[:, :, None].expand(-1, -1, log_probs_BTV.shape[-1])))
+    return found[0], found[1]
