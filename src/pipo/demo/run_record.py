@@ -19,7 +19,7 @@ import pipo
 def write_run_record(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with the command line, revision, versions and hardware, atomically."""
     record = {
-        "arguments": sys.argv,
+        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_revision": _git_revision(),
         "versions": {
             "pipo": pipo.__version__,
