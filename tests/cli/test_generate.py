@@ -20,6 +20,17 @@ def test_every_sampling_parameter_is_an_option(run):
         assert option.default == getattr(SamplingParams(), option.name)
 
 
+def test_structured_output_from_a_file(run, pipo_folder, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "boolean"}')
+    result = run("generate", pipo_folder, "--prompt", "ab", "--json-schema", f"@{schema}", "--seed", "1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) in (True, False)
+    missing = run("generate", pipo_folder, "--prompt", "ab", "--json-schema", "@/nowhere.json")
+    assert missing.exit_code == 2
+    assert "nowhere" in missing.stderr
+
+
 def test_json_is_a_row_a_sample(run, pipo_folder):
     result = run("generate", pipo_folder, "--prompt", "ab", "--prompt", "c", "--n", "2", *GREEDY, "--json")
     assert result.exit_code == 0, result.output

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,6 +82,11 @@ SAMPLING_OPTIONS = (
     _sampling("stop_token_ids", list[int], "Stop at this token. May be repeated.", "--stop-token-id", metavar="ID"),
     _sampling("ignore_eos", bool, "Go on after end-of-text tokens.", "--ignore-eos"),
     _sampling("logit_bias", list[str], "Add B to the logit of token ID. May be repeated.", metavar="ID=B"),
+    _sampling("json_schema", str | None, "Write only JSON of this schema; @FILE reads it from a file.", metavar="JSON"),
+    _sampling("regex", str | None, "Write only what this regular expression matches whole.", metavar="REGEX"),
+    _sampling(
+        "grammar", str | None, "Write only text of this Lark grammar; @FILE reads it from a file.", metavar="LARK"
+    ),
 )
 
 ENGINE_OPTIONS = (
@@ -143,7 +149,15 @@ def sampling_params(sampling: dict[str, Any], **more: Any) -> SamplingParams:
     values["stop"] = tuple(values["stop"] or ())
     values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
     values["logit_bias"] = dict(_parse_bias(text) for text in values["logit_bias"] or ()) or None
+    for name in ("json_schema", "grammar"):
+        values[name] = _text_or_file(values[name])
     return SamplingParams(**values)
+
+
+def _text_or_file(value: str | None) -> str | None:
+    if value is None or not value.startswith("@"):
+        return value
+    return Path(value[1:]).read_text(encoding="utf-8")
 
 
 def _parse_bias(text: str) -> tuple[int, float]:
