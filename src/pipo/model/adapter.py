@@ -23,6 +23,22 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LORA = re.compile(r"(?P<module>.*)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # An adapter without these would leave them at their start: never taken for trained.
 ALWAYS_WHOLE = ("compressor.", "confidence_head.")
+# Settings of peft that make `W + scale · B A` the wrong formula, or the tensors mean something else.
+OTHER_FORMULAS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+# Starts that subtract something from the base weights, which the adapter alone does not say.
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -61,8 +77,7 @@ def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
         UnsupportedModelError: a kind of adapter that is not plain LoRA.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise UnsupportedModelError(f"{folder} is not a plain LoRA adapter (peft_type, use_dora or bias say otherwise)")
+    _refuse_other_kinds(folder, config)
     additional = folder / "additional_config.json"
     compressor_type = read_json(additional).get("compressor_type", "linear") if additional.exists() else "linear"
     name = str(base) if base is not None else config.get("base_model_name_or_path")
@@ -82,6 +97,16 @@ def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
     for module, pair in sides.items():
         adapter.deltas[module] = (pair["A"], pair["B"], _scale(config, module, rank=pair["A"].shape[0]))
     return adapter
+
+
+def _refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
+    others = [name for name in OTHER_FORMULAS if config.get(name)]
+    others += [n for n, plain in (("peft_type", "LORA"), ("bias", "none")) if config.get(n, plain) != plain]
+    if str(config.get("init_lora_weights")).startswith(CHANGED_BASES):
+        others.append("init_lora_weights")
+    if others:
+        settings = ", ".join(f"{name}={config[name]!r}" for name in others)
+        raise UnsupportedModelError(f"{folder} is not a plain LoRA adapter, which alone can be merged: {settings}")
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
@@ -106,8 +131,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
     misshapen = [n for n, t in adapter.whole.items() if n in parameters and parameters[n].shape != t.shape]
     for module, (a, b, _) in adapter.deltas.items():
         target = parameters.get(f"{module}.weight")
-        if target is not None and target.shape != (b.shape[0], a.shape[1]):
-            misshapen.append(module)
+        if target is not None and (target.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]):
+            misshapen.append(f"{module} B {tuple(b.shape)} · A {tuple(a.shape)} should be {tuple(target.shape)}")
     if unexpected or missing or misshapen:
         raise key_error(adapter.folder, missing=missing, unexpected=unexpected, misshapen=misshapen)
     with torch.no_grad():
