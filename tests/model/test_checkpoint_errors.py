@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     MambaConfig,
+    MiniMaxConfig,
     PreTrainedConfig,
     T5Config,
 )
@@ -318,6 +319,7 @@ REFUSED = {
     "gpt2": (GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2), "positions are added inside the decoder"),
     "bert": (BertConfig(**_SIZES), "it is an encoder"),
     "t5": (T5Config(vocab_size=64, d_model=16), "it is an encoder-decoder"),
+    "minimax": (MiniMaxConfig(**_SIZES), "cache of its own kind"),
     "mamba": (MambaConfig(**_SIZES), "no attention layer"),
     "gemma3n_text": (Gemma3nTextConfig(vocab_size=64), "per-layer embeddings"),
     "gpt_neox": (GPTNeoXConfig(**_SIZES, num_attention_heads=2, intermediate_size=16), "no `norm`"),

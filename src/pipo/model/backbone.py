@@ -37,6 +37,8 @@ REFUSED = {
     "rwkv": NO_ATTENTION,
     "xlstm": NO_ATTENTION,
     "recurrent_gemma": NO_ATTENTION,
+    "minimax": "it needs a cache of its own kind, which has no place for an MTP block",
+    "longcat_flash": "each of its layers holds two attention layers, which share no place in a cache",
     "bert": "it is an encoder",
     "t5": "it is an encoder-decoder",
     "gpt2": "its positions are added inside the decoder to every input, and its layers are not built from a config and an index",

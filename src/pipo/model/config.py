@@ -54,7 +54,7 @@ class PipoConfig(PreTrainedConfig):
             kwargs.setdefault("attn_implementation", text_config._attn_implementation)
             kwargs.setdefault("eos_token_id", getattr(text_config, "eos_token_id", None))
             kwargs.setdefault("bos_token_id", getattr(text_config, "bos_token_id", None))
-            kwargs["tie_word_embeddings"] = bool(text_config.tie_word_embeddings)
+            kwargs["tie_word_embeddings"] = bool(getattr(text_config, "tie_word_embeddings", False))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
     @property
