@@ -17,7 +17,9 @@ from pipo.engine.sequence import Sequence, StepTokens
 from pipo.errors import ConfigError, RequestError
 from pipo.model.backbone import LayerCall
 from pipo.model.base import BaseForCausalLM
-from pipo.model.cache import RowCache, measure_bytes
+from pipo.model.cache import RowCache
+from pipo.model.prefill import Prefilled, prefill_tokens
+from pipo.model.row_state import measure_bytes
 from pipo.model.sampling import (
     BONUS,
     RESIDUAL,
@@ -35,11 +37,9 @@ from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
     NO_DRAFT,
     PairResult,
-    Prefilled,
     Rows,
     fetch,
     finite_rows,
-    prefill_tokens,
     single_tokens,
 )
 

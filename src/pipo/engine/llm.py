@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import threading
 import time
@@ -18,25 +17,21 @@ from torch import nn
 from pipo.data.conversation import encode_text, load_tokenizer, render_chat
 from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, SpeculativeRunner
 from pipo.engine.constraint import ConstraintFactory
-from pipo.engine.core import CacheBudget, Engine
+from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
+from pipo.engine.loading import accept_model, cache_budget, load_model
 from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
-from pipo.errors import CheckpointError, ConfigError, RequestError
+from pipo.errors import ConfigError, RequestError
 from pipo.model.adapter import tokenizer_home
-from pipo.model.base import BaseForCausalLM
-from pipo.model.checkpoint import is_pipo, load_pipo
-from pipo.model.convert import as_dtype
-from pipo.model.files import find_checkpoint, read_json
+from pipo.model.files import find_checkpoint
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import derive_seed
 
 BASELINES: dict[str, type[BaseRunner]] = {"regular": RegularRunner, "mtp": MtpRunner, "speculative": SpeculativeRunner}
 Prompt = str | Mapping[str, Any] | Seq[Mapping[str, Any]]
-MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
-"""Share of the free memory that the cache may take, unless told otherwise."""
 
 
 class LLM:
@@ -81,15 +76,15 @@ class LLM:
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
         self.method = method
         if isinstance(model, nn.Module):
-            self.model = _model_in_memory(model, method, device, dtype)
+            self.model = accept_model(model, method, device, dtype)
             self.tokenizer = tokenizer
             generation: dict[str, Any] = {}
         else:
             folder = find_checkpoint(model, subfolder)
-            self.model = _load(folder, method, device, dtype, attn_implementation)
+            self.model = load_model(folder, method, device, dtype, attn_implementation)
             home = tokenizer_home(folder)
             self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(home)
-            generation = read_json(home / "generation_config.json") if _has_generation(home) else {}
+            generation = generation_defaults(home)
         text_config = self.model.backbone.config
         self.vocab_size = int(text_config.vocab_size)
         self.eos_token_ids = _ids(text_config.eos_token_id) | _ids(generation.get("eos_token_id"))
@@ -339,57 +334,3 @@ def _ids(value: Any) -> set[int]:
     if value is None:
         return set()
     return {int(v) for v in (value if isinstance(value, (list, tuple, set)) else [value])}
-
-
-def _has_generation(folder: Path) -> bool:
-    return (folder / "generation_config.json").is_file()
-
-
-def _load(
-    folder: Path, method: str, device: str | torch.device | None, dtype: Any, attention: str | None
-) -> PipoForCausalLM | BaseForCausalLM:
-    pipo = is_pipo(folder)
-    if method == "pipo" and not pipo:
-        raise CheckpointError(
-            f"{folder} is a regular checkpoint, which has no pairs to decode; use method='regular', 'mtp' or "
-            "'speculative', or make a PIPO checkpoint of it with `pipo init`"
-        )
-    if method != "pipo" and pipo:
-        raise CheckpointError(
-            f"{folder} is a PIPO checkpoint, whose backbone expects latents of pairs: method={method!r} needs a base one"
-        )
-    model: PipoForCausalLM | BaseForCausalLM = (
-        load_pipo(folder, dtype=dtype, attn_implementation=attention)
-        if pipo
-        else BaseForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    )
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    model.eval().requires_grad_(False)
-    return model
-
-
-def _model_in_memory(
-    model: nn.Module, method: str, device: str | torch.device | None, dtype: Any
-) -> PipoForCausalLM | BaseForCausalLM:
-    if not isinstance(model, (PipoForCausalLM, BaseForCausalLM)):
-        raise ConfigError(f"a model in memory must be a PipoForCausalLM or BaseForCausalLM, got {type(model).__name__}")
-    if (method == "pipo") != isinstance(model, PipoForCausalLM):
-        raise ConfigError(f"method={method!r} does not run on a {type(model).__name__}")
-    if device is not None and torch.device(device).type != model.device.type:
-        raise ConfigError(f"the model is on {model.device}, not {device}; move it first (its weights are not copied)")
-    if dtype is not None and as_dtype(dtype) not in (None, model.dtype):
-        raise ConfigError(f"the model is {model.dtype}, not {dtype}; cast it first (its weights are not copied)")
-    return model
-
-
-def cache_budget(runner: Runner, device: torch.device, total_bytes: int | None) -> CacheBudget:
-    """Measure what rows and positions cost on this model, by prefilling two tiny prompts."""
-    row_bytes, position_bytes = runner.measure_bytes()
-    total = total_bytes if total_bytes is not None else int(MEMORY_SHARE.get(device.type, 0.5) * _free(device))
-    return CacheBudget(total, row_bytes, position_bytes)
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

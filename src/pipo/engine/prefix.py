@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipo.model.cache import RowState, States
+from pipo.model.row_state import RowState, States
 from pipo.pairing import Pair, pairs_from_tokens
 
 Keys = npt.NDArray[np.int64]

@@ -13,18 +13,17 @@ import torch
 from pipo.engine.prefix import PrefixCache
 from pipo.engine.request import TokenLogprob
 from pipo.engine.sequence import Sequence, StepTokens
-from pipo.model.cache import RowCache, States, measure_bytes, prefill_cache, resume_prefill
+from pipo.model.cache import RowCache
 from pipo.model.modeling import PipoForCausalLM
+from pipo.model.prefill import Prefilled, prefill_pairs, resume_pairs
+from pipo.model.row_state import States, measure_bytes, prefill_cache, resume_prefill
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
     HostPairs,
-    Prefilled,
     Rows,
     fetch,
-    prefill_pairs,
     read_pairs,
-    resume_pairs,
     write_pair,
 )
 from pipo.pairing import Pair, draws_drafts, slots_from_pairs, tokens_from_pairs

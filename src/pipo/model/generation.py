@@ -17,8 +17,9 @@ from transformers.utils import ModelOutput
 from pipo.errors import ConfigError, RequestError
 from pipo.model.cache import RowCache
 from pipo.model.modeling import PipoForCausalLM
+from pipo.model.prefill import prefill_pairs
 from pipo.model.sampling import SamplingBatch, TokenHistory
-from pipo.model.step import HostPairs, Rows, fetch, prefill_pairs, read_pairs, write_pair
+from pipo.model.step import HostPairs, Rows, fetch, read_pairs, write_pair
 from pipo.pairing import Pair, draws_drafts, num_pairs, pair_slots_from_tokens, slots_from_pairs
 
 DEFAULT_NEW_TOKENS = 20

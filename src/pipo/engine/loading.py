@@ -1,0 +1,88 @@
+"""A model for the engine: loaded from a folder or taken over from memory, and how much memory its cache may take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipo.engine.core import CacheBudget
+from pipo.engine.runner import Runner
+from pipo.errors import CheckpointError, ConfigError
+from pipo.model.base import BaseForCausalLM
+from pipo.model.checkpoint import is_pipo, load_pipo
+from pipo.model.convert import as_dtype
+from pipo.model.files import read_json
+from pipo.model.modeling import PipoForCausalLM
+
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
+"""Share of the free memory that the cache may take, unless told otherwise."""
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `generation_config.json`; empty where it has none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def load_model(
+    folder: Path, method: str, device: str | torch.device | None, dtype: Any, attention: str | None
+) -> PipoForCausalLM | BaseForCausalLM:
+    """The model of a checkpoint folder, on its device, for inference only.
+
+    Raises:
+        CheckpointError: `method` does not run on this kind of checkpoint.
+    """
+    pipo = is_pipo(folder)
+    if method == "pipo" and not pipo:
+        raise CheckpointError(
+            f"{folder} is a regular checkpoint, which has no pairs to decode; use method='regular', 'mtp' or "
+            "'speculative', or make a PIPO checkpoint of it with `pipo init`"
+        )
+    if method != "pipo" and pipo:
+        raise CheckpointError(
+            f"{folder} is a PIPO checkpoint, whose backbone expects latents of pairs: method={method!r} needs a base one"
+        )
+    model: PipoForCausalLM | BaseForCausalLM = (
+        load_pipo(folder, dtype=dtype, attn_implementation=attention)
+        if pipo
+        else BaseForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    )
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.eval().requires_grad_(False)
+    return model
+
+
+def accept_model(
+    model: nn.Module, method: str, device: str | torch.device | None, dtype: Any
+) -> PipoForCausalLM | BaseForCausalLM:
+    """A model in memory as it is, its weights shared.
+
+    Raises:
+        ConfigError: not one of ours, or not of the method, device or dtype asked for.
+    """
+    if not isinstance(model, (PipoForCausalLM, BaseForCausalLM)):
+        raise ConfigError(f"a model in memory must be a PipoForCausalLM or BaseForCausalLM, got {type(model).__name__}")
+    if (method == "pipo") != isinstance(model, PipoForCausalLM):
+        raise ConfigError(f"method={method!r} does not run on a {type(model).__name__}")
+    if device is not None and torch.device(device).type != model.device.type:
+        raise ConfigError(f"the model is on {model.device}, not {device}; move it first (its weights are not copied)")
+    if dtype is not None and as_dtype(dtype) not in (None, model.dtype):
+        raise ConfigError(f"the model is {model.dtype}, not {dtype}; cast it first (its weights are not copied)")
+    return model
+
+
+def cache_budget(runner: Runner, device: torch.device, total_bytes: int | None) -> CacheBudget:
+    """Measure what rows and positions cost on this model, by prefilling two tiny prompts."""
+    row_bytes, position_bytes = runner.measure_bytes()
+    total = total_bytes if total_bytes is not None else int(MEMORY_SHARE.get(device.type, 0.5) * _free(device))
+    return CacheBudget(total, row_bytes, position_bytes)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
