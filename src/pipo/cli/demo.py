@@ -13,20 +13,21 @@ from pipo.errors import ConfigError
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for results.json and report.html, or for what --train makes.")
+        Path, typer.Option(help="Folder for results.json and report.html; with --train, for all that it makes.")
     ] = Path("pipo-demo"),
     seed: Annotated[int, typer.Option(help="Draws the problems; with --train, everything random.")] = 0,
-    num_problems: Annotated[int, typer.Option(min=1, help="Problems to solve, four times each.")] = 50,
+    num_problems: Annotated[int, typer.Option(min=1, help="Problems to solve, four times each.")] = 100,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the rows of results.json instead of the table.")
     ] = False,
     train: Annotated[
-        bool, typer.Option("--train", help="Make the demo's checkpoints from nothing (about 20 minutes on two cores).")
+        bool, typer.Option("--train", help="First make the checkpoints from nothing (about 20 minutes on two cores).")
     ] = False,
     checkpoints: Annotated[
         Path | None,
         typer.Option(
-            help="Folder that --train wrote: run the demo on those checkpoints.", show_default="the package's"
+            help="Checkpoints that --train made (its OUT/checkpoints), to run the demo on.",
+            show_default="the package's",
         ),
     ] = None,
     resume: Annotated[
@@ -40,11 +41,13 @@ def demo(
     if resume and not train:
         raise ConfigError("--resume goes with --train: there is nothing else to resume")
     if train and (as_json or checkpoints is not None):
-        raise ConfigError("--json and --checkpoints go without --train, which makes checkpoints and solves no problems")
+        raise ConfigError(
+            "--json and --checkpoints go without --train, which runs the demo on the checkpoints that it makes"
+        )
     if train:
         from pipo.demo import train as training
 
-        training.main(out=out, seed=seed, resume=resume, console=console())
+        training.main(out=out, seed=seed, num_problems=num_problems, resume=resume, console=console(stderr=False))
     else:
         from pipo.demo import run
 

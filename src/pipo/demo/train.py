@@ -29,13 +29,9 @@ Event = tuple[str, int, float]
 MAX_PROCESSES = 2
 
 
-NUM_PROBLEMS = 100
-"""Problems of the demo that follows a training."""
-
-
-def main(out: Path, seed: int, resume: bool, console: Console) -> None:
+def main(out: Path, seed: int, num_problems: int, resume: bool, console: Console) -> None:
     """Trains everything into `out/stages`, writes the checkpoints that the demo uses into `out/checkpoints`, and runs the
-    demo on them.
+    demo on them, on `num_problems` problems.
 
     Raises:
         ConfigError, PipoError: see :func:`train`.
@@ -53,7 +49,7 @@ def main(out: Path, seed: int, resume: bool, console: Console) -> None:
     with console.status("measuring every stage") as status:
         ship(recipe, out, checkpoints, lambda text: status.update(f"measuring {text}"))
     console.print(f"checkpoints: [bold]{checkpoints}[/bold]\n")
-    run.main(out, seed, NUM_PROBLEMS, as_json=False, console=console, checkpoints=checkpoints)
+    run.main(out, seed, num_problems, as_json=False, console=console, checkpoints=checkpoints)
 
 
 def train(recipe: Recipe, out: Path, resume: bool, console: Console) -> None:
