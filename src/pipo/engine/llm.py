@@ -19,7 +19,7 @@ from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, Speculat
 from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
-from pipo.engine.loading import accept_model, cache_budget, load_model
+from pipo.engine.loading import accept_model, cache_budget, generation_defaults, load_model
 from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
