@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from families import EOS, PAD, pipo_model
-from pipo import LLM, SamplingParams
+from families import EOS, PAD, base_model, pipo_model
+from pipo import LLM, PipoForCausalLM, SamplingParams
 from pipo.errors import ConfigError, RequestError
 
 PROMPTS = [[7, 9, 11], [5], [3, 8, 21, 40, 77, 12]]
@@ -94,3 +96,17 @@ def test_options_without_meaning_are_refused_by_name(options: dict[str, Any], me
 def test_an_empty_row_is_refused() -> None:
     with pytest.raises(RequestError, match=r"\[1\]"):
         pipo_model("qwen3").generate(torch.tensor([[7], [0]]), attention_mask=torch.tensor([[1], [0]]))
+
+
+def test_the_checkpoints_defaults_are_taken(tmp_path: Path) -> None:
+    base = base_model("qwen3")
+    base.save_pretrained(tmp_path / "base")
+    GenerationConfig(do_sample=True, top_k=20, max_new_tokens=6, eos_token_id=[EOS]).save_pretrained(tmp_path / "base")
+    PipoForCausalLM.from_base(tmp_path / "base").save_pretrained(tmp_path / "pipo")
+    model = PipoForCausalLM.from_pretrained(tmp_path / "pipo")
+    ids = torch.tensor([[7, 9]])
+    drawn = {tuple(model.generate(ids, eos_token_id=-1)[0].tolist()) for _ in range(4)}
+    assert len(drawn) > 1
+    assert all(len(row) == 2 + 6 for row in drawn)
+    greedy = {tuple(model.generate(ids, do_sample=False, eos_token_id=-1)[0].tolist()) for _ in range(2)}
+    assert len(greedy) == 1

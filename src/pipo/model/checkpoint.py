@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from pipo.errors import CheckpointError, ConfigError
@@ -119,6 +120,8 @@ def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, att
         causal_lm = build_causal_lm(config.text_config, as_dtype(dtype), attention)
         model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
     _fill(model, folder, files)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     return model
 

@@ -148,6 +148,7 @@ def pipo_from_base(
     pad = pad_token_id if pad_token_id is not None else _pad_of_tokenizer(folder, config)
     model = PipoForCausalLM(PipoConfig(config, compressor_type=compressor, pad_token_id=pad), causal_lm=causal_lm)
     model.backbone.check_output_map(causal_lm)
+    model.generation_config = causal_lm.generation_config
     load_mtp(model.mtp, files)
     model.eval()
     return model

@@ -58,6 +58,8 @@ class PipoForCausalLM(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    generation_config: GenerationConfig | None = None
+    """Defaults of :meth:`generate`, where the checkpoint brings some."""
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers reads it)
 
     def __init__(self, config: PipoConfig, *, causal_lm: Any = None, initialise: bool = True) -> None:
@@ -225,7 +227,8 @@ class PipoForCausalLM(PreTrainedModel):
             streamer: gets the prompt, then each step's one or two new tokens; for a single row.
             kwargs: `max_new_tokens` (20 by default), `max_length`, `min_new_tokens`, `do_sample`, `temperature`, `top_k`,
                 `top_p`, `min_p`, `repetition_penalty`, `num_return_sequences`, `eos_token_id`, `pad_token_id`,
-                `return_dict_in_generate`; they override `generation_config`. Draws follow `torch.manual_seed`.
+                `return_dict_in_generate`; they override `generation_config`, by default the checkpoint's. Draws follow
+                `torch.manual_seed`.
 
         Returns:
             `[B·n, T + new]` ids, prompt included, right-padded; or a `PipoGenerateOutput`, which also counts pairs.
@@ -238,7 +241,7 @@ class PipoForCausalLM(PreTrainedModel):
         return generate(
             self,
             inputs,
-            generation_config,
+            generation_config or self.generation_config,
             attention_mask=attention_mask,
             threshold=threshold,
             streamer=streamer,

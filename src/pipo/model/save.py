@@ -46,6 +46,8 @@ def save_pipo(
     model.config.dtype = model.config.text_config.dtype = model.dtype
     config = json.loads(model.config.to_json_string())
     write_checkpoint(folder, _tensors_to_save(model, state_dict), config, max_shard_size)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
     if not (folder / CARD).exists():
         write_text(folder / CARD, model_card(model))
 
