@@ -6,6 +6,7 @@
     ├── CheckpointError         a checkpoint can't be read, or its keys, shapes or values are wrong
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     └── RequestError            a generation request that can't be served as asked
+        └── ContextLengthError  its prompt leaves no room to generate
 
 Every class below `PipoError` is also a `ValueError`: it reports what the caller passed, and the message says what was
 wrong, the value, and what to do. The command line prints such a message and exits with 2. A failed `assert` is
@@ -14,7 +15,15 @@ never the caller's fault.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "PairingError", "PipoError", "RequestError", "UnsupportedModelError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ContextLengthError",
+    "PairingError",
+    "PipoError",
+    "RequestError",
+    "UnsupportedModelError",
+]
 
 
 class PipoError(Exception):
@@ -39,3 +48,7 @@ class UnsupportedModelError(PipoError, ValueError):
 
 class RequestError(PipoError, ValueError):
     """A generation request can't be served: its prompt, its parameters or its length."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt leaves no room to generate; the message names both lengths."""

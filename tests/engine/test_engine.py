@@ -92,7 +92,7 @@ def test_requests_that_join_mid_decode_cost_the_longest_not_the_sum(model: PipoF
 
     try:
         for number in range(8):
-            llm.engine.add(llm._samples(prompt(9, number + 3), params(max_tokens=40)), listen)
+            llm.engine.add(llm.prepare(prompt(9, number + 3), params(max_tokens=40)), listen)
             llm.engine.step()
             llm.engine.step()
         while llm.engine.has_work:

@@ -6,6 +6,7 @@ Grammars are compiled and followed by `llguidance` (extra `serve`). Shape legend
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -66,6 +67,7 @@ class ConstraintFactory:
         self._vocab_size = vocab_size
         self._eos_ids = sorted(eos_ids)
         self._compiled_tokenizer: Any = None
+        self._lock = threading.Lock()  # requests may be prepared in several threads
 
     def build(self, params: SamplingParams) -> Constraint | None:
         """A fresh constraint, or `None` where the request has none.
@@ -83,8 +85,11 @@ class ConstraintFactory:
             import llguidance.hf
         except ImportError as error:
             raise ConfigError("structured output needs llguidance: pip install 'pipo-llm[serve]'") from error
-        if self._compiled_tokenizer is None:
-            self._compiled_tokenizer = llguidance.hf.from_tokenizer(self._tokenizer, self._vocab_size, self._eos_ids)
+        with self._lock:
+            if self._compiled_tokenizer is None:
+                self._compiled_tokenizer = llguidance.hf.from_tokenizer(
+                    self._tokenizer, self._vocab_size, self._eos_ids
+                )
         make = llguidance.LLMatcher
         try:
             if params.json_schema is not None:

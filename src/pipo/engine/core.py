@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipo.engine.request import SampleError
 from pipo.engine.runner import Runner
 from pipo.engine.sequence import Sequence, StepText, StepTokens
-from pipo.errors import ConfigError, RequestError
+from pipo.errors import ConfigError, ContextLengthError
 
 MAX_PREFILL_POSITIONS = 8192
 HEADROOM = 32
@@ -91,17 +92,21 @@ class Engine:
             RequestError: a sample that can never be served. Then none of the request is queued.
         """
         samples = list(samples)
+        self.check(samples)
+        self.waiting.extend(samples)
+        if listener is not None:
+            self._listeners.update({id(sequence): listener for sequence in samples})
+
+    def check(self, samples: Iterable[Sequence]) -> None:
+        """Raise `RequestError` for a sample that can never be served. Any thread may call this."""
         for sequence in samples:
             self.runner.check(sequence)
             needed = self.runner.num_positions(sequence) + self.runner.positions_per_step()
             if needed > self.max_model_len:
-                raise RequestError(
+                raise ContextLengthError(
                     f"the prompt of {len(sequence.prompt_ids)} tokens leaves no room to generate: it and one step take "
                     f"{needed} positions, the context has {self.max_model_len}"
                 )
-        self.waiting.extend(samples)
-        if listener is not None:
-            self._listeners.update({id(sequence): listener for sequence in samples})
 
     def abort(self, request_id: int) -> None:
         """End a request's samples where they are; their rows are free at once."""
@@ -191,9 +196,10 @@ class Engine:
         for row in reversed(range(first_row, len(self.running))):
             sequence = self.running[row]
             step = steps[row - first_row]
-            if not step.finite or (sequence.constraint is not None and sequence.constraint.failed):
+            error = _error_of(sequence, step)
+            if error is not None:
                 self._leave(row)
-                told.append((sequence, StepText(sequence.end("error"), len(sequence.token_ids), None)))
+                told.append((sequence, StepText(sequence.end("error", error), len(sequence.token_ids), None)))
                 continue
             text = sequence.take(step)
             used = self.runner.num_positions(sequence)
@@ -223,3 +229,10 @@ class Engine:
         last = self.running.pop()
         if row < len(self.running):
             self.running[row] = last
+
+
+def _error_of(sequence: Sequence, step: StepTokens) -> SampleError | None:
+    """What makes this step the sample's last, if anything does."""
+    if not step.finite:
+        return "not_finite"
+    return "grammar" if sequence.constraint is not None and sequence.constraint.failed else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
+from pipo.engine.stepper import Stepper, Subscription
 from pipo.errors import ConfigError, RequestError
 from pipo.model.adapter import tokenizer_home
 from pipo.model.files import find_checkpoint
@@ -108,10 +111,9 @@ class LLM:
         self.pair_memory = PairMemory(remember_pairs)
         self.engine.on_finish = lambda sequence: self.pair_memory.remember(sequence.prompt_pairs, sequence.pairs)
         self._seeds = random.Random(seed)
-        self._next_id = 0
+        self._request_ids = itertools.count()
         self._lock = threading.RLock()
-        self._worker: threading.Thread | None = None
-        self._failures: dict[int, Callable[[BaseException], None]] = {}
+        self._stepper = Stepper(self.engine, self._lock)
 
     # --- generating
 
@@ -136,7 +138,7 @@ class LLM:
         """
         listed = _as_prompts(prompts)
         settings = _as_params(params, len(listed))
-        requests = [self._samples(prompt, setting) for prompt, setting in zip(listed, settings, strict=True)]
+        requests = [self.prepare(prompt, setting) for prompt, setting in zip(listed, settings, strict=True)]
         samples = [sequence for request in requests for sequence in request]
         pending = set(map(id, samples))
 
@@ -168,7 +170,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """Generate for one prompt; an event per step of each sample, as they come. Closing the iterator aborts."""
-        samples = self._samples(prompt, params or SamplingParams())
+        samples = self.prepare(prompt, params or SamplingParams())
         events: list[StreamEvent] = []
         with self._lock:
             self.engine.add(samples, lambda sequence, step: events.append(sequence.event(step)))
@@ -187,87 +189,53 @@ class LLM:
                 with self._lock:
                     self.engine.abort(samples[0].request_id)
 
-    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamEvent]:
-        """As :meth:`stream`, for asyncio: many may run at once and decode together. Cancelling aborts."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[StreamEvent | BaseException]()
-        samples = self._samples(prompt, params or SamplingParams())
-
-        def listen(sequence: Sequence, step: StepText) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, sequence.event(step))
-
-        def fail(error: BaseException) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, error)
-
-        await asyncio.to_thread(self._submit, samples, listen, fail)
-        running = len(samples)
-        try:
-            while running:
-                event = await queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                running -= event.finish_reason is not None
+    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamEvent, None]:
+        """As :meth:`stream`, for asyncio: many may run at once and decode together. Cancelling or closing aborts."""
+        samples = await asyncio.to_thread(self.prepare, prompt, params or SamplingParams())
+        async with aclosing(self.run_requests([samples])) as events:
+            async for _, event in events:
                 yield event
-        finally:
-            self._failures.pop(samples[0].request_id, None)
-            if running:
-                await asyncio.shield(asyncio.to_thread(self._abort, samples[0].request_id))
 
     async def agenerate(self, prompt: Prompt, params: SamplingParams | None = None) -> list[RequestOutput]:
         """The finished samples of one prompt, for asyncio."""
         done: dict[int, RequestOutput] = {}
         async for event in self.astream(prompt, params):
-            done[event.index] = event.output
+            if event.finish_reason is not None:
+                done[event.index] = event.output
         return [done[index] for index in sorted(done)]
 
-    # --- the thread that steps for asyncio callers
-
-    def _submit(
-        self,
-        samples: list[Sequence],
-        listen: Callable[[Sequence, StepText], None],
-        fail: Callable[[BaseException], None],
-    ) -> None:
-        with self._lock:
-            self.engine.add(samples, listen)
-            self._failures[samples[0].request_id] = fail
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="pipo-engine", daemon=True)
-                self._worker.start()
-
-    def _work(self) -> None:
-        """Step while there is work, then end; a new request starts a new thread."""
-        while True:
-            with self._lock:
-                if not self.engine.has_work:
-                    self._worker = None
-                    return
-                try:
-                    self.engine.step()
-                except Exception as error:  # noqa: BLE001 (handed to every caller that waits)
-                    for request_id, fail in list(self._failures.items()):
-                        self.engine.abort(request_id)
-                        fail(error)
-                    self._worker = None
-                    return
-            time.sleep(0)  # let callers that wait for the lock in
-
-    def _abort(self, request_id: int) -> None:
-        with self._lock:
-            self.engine.abort(request_id)
+    async def run_requests(self, requests: list[list[Sequence]]) -> AsyncGenerator[tuple[int, StreamEvent], None]:
+        """Run requests that :meth:`prepare` made: the number of the request and an event, as they come. Closing aborts what still runs."""
+        subscription = Subscription(requests, asyncio.get_running_loop())
+        running = sum(map(len, requests))
+        self._stepper.submit(subscription)
+        try:
+            while running:
+                letter = await subscription.queue.get()
+                if isinstance(letter, BaseException):
+                    raise letter
+                running -= letter[1].finish_reason is not None
+                yield letter
+        finally:
+            if running:
+                self._stepper.cancel(subscription)
 
     # --- requests
 
-    def _samples(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
-        """The samples of one request, checked and ready to queue."""
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> list[Sequence]:
+        """The samples of one request, checked and ready for :meth:`run_requests`. Any thread may call this; it never waits for a step.
+
+        Raises:
+            RequestError: a prompt or parameters that can't be served (`ContextLengthError`: too long).
+        """
         arrival_s = time.perf_counter()
         prompt_ids, text = self.encode(prompt)
         params.validate(self.vocab_size)
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        with self._lock:
-            request_id, self._next_id = self._next_id, self._next_id + 1
-            prompt_pairs = self.pair_memory.pack(prompt_ids)  # one list for all samples: they share a prefill
-        return [
+        request_id = next(self._request_ids)
+        prompt_pairs = self.pair_memory.pack(prompt_ids)  # one list for all samples: they share a prefill
+        samples = [
             Sequence(
                 request_id=request_id,
                 index=index,
@@ -284,6 +252,8 @@ class LLM:
             )
             for index in range(params.n)
         ]
+        self.engine.check(samples)
+        return samples
 
     def encode(self, prompt: Prompt) -> tuple[list[int], str | None]:
         """Token ids of a prompt, and its text where it has one.

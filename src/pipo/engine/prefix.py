@@ -14,6 +14,7 @@ Shape legend: N key-value heads, L positions, D head width.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,10 +140,11 @@ class PrefixCache:
 
 
 class PairMemory:
-    """How replies were paired, for at most `max_tokens` remembered tokens; the oldest are forgotten first."""
+    """How replies were paired, for at most `max_tokens` remembered tokens; the oldest are forgotten first. Any thread may use it."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
+        self._lock = threading.Lock()
         self._texts: OrderedDict[tuple[int, ...], list[Pair]] = OrderedDict()
         self._num_tokens = 0
 
@@ -152,22 +154,24 @@ class PairMemory:
         if all(pair.token2 is not None for pair in pairs):
             return  # what packing two by two gives anyway
         tokens = tuple(token for pair in pairs for token in pair if token is not None)
-        if len(tokens) > self.max_tokens or tokens in self._texts:
-            return
-        self._texts[tokens] = pairs
-        self._num_tokens += len(tokens)
-        while self._num_tokens > self.max_tokens:
-            forgotten, _ = self._texts.popitem(last=False)
-            self._num_tokens -= len(forgotten)
+        with self._lock:
+            if len(tokens) > self.max_tokens or tokens in self._texts:
+                return
+            self._texts[tokens] = pairs
+            self._num_tokens += len(tokens)
+            while self._num_tokens > self.max_tokens:
+                forgotten, _ = self._texts.popitem(last=False)
+                self._num_tokens -= len(forgotten)
 
     def pack(self, tokens: Sequence[int]) -> list[Pair]:
         """Pairs of a prompt: as remembered as far as the longest remembered text goes, then two by two."""
         prompt = tuple(tokens)
         best: tuple[int, ...] = ()
-        for text in self._texts:
-            if len(best) < len(text) < len(prompt) and prompt[: len(text)] == text:
-                best = text
-        if not best:
-            return pairs_from_tokens(prompt)
-        self._texts.move_to_end(best)
-        return [*self._texts[best], *pairs_from_tokens(prompt[len(best) :])]
+        with self._lock:
+            for text in self._texts:
+                if len(best) < len(text) < len(prompt) and prompt[: len(text)] == text:
+                    best = text
+            if not best:
+                return pairs_from_tokens(prompt)
+            self._texts.move_to_end(best)
+            return [*self._texts[best], *pairs_from_tokens(prompt[len(best) :])]

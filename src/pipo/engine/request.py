@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pipo.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+SampleError = Literal["not_finite", "grammar"]
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one are greedy: dividing by them would only overflow."""
@@ -195,6 +196,8 @@ class RequestOutput:
     """Prompt tokens that were not prefilled again, because an earlier request had left their cache."""
     index: int = 0
     """Which of the prompt's `n` samples this is."""
+    error: SampleError | None = None
+    """Where `finish_reason` is `error`: `not_finite`, the model's numbers; `grammar`, which allowed no token."""
     prompt: str | None = field(default=None, repr=False)
     """The prompt's text, when it came as text or chat."""
 
@@ -235,6 +238,8 @@ class StreamEvent:
     """The sample up to and with this step."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of the new tokens, when asked for."""
+    time_s: float | None = None
+    """Seconds from arrival to the end of the step; `None` before the first."""
 
     @property
     def index(self) -> int:

@@ -151,7 +151,8 @@ class PipoRunner:
         self.sampling.invalidate()
         steps = steps_of(fetch(result), sequences)
         for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True), first_row):
-            sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefilled.offset]))
+            if not sequence.pairs:  # the prefill after a preemption finds the sample's own cache
+                sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefilled.offset]))
             if not shared or row == first_row:
                 self._store(row, sequence, _pairs(sequence), step.token1, snapshots)
         return steps

@@ -12,6 +12,7 @@ from pipo.engine.request import (
     FinishReason,
     PairRecord,
     RequestOutput,
+    SampleError,
     SamplingParams,
     StreamEvent,
     TokenLogprob,
@@ -74,6 +75,7 @@ class Sequence:
     pairs: list[Pair] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    error: SampleError | None = None
     num_cached_tokens: int = 0
     """Prompt tokens whose cache was there already."""
     first_token_s: float | None = None
@@ -117,9 +119,10 @@ class Sequence:
         self.text += text
         return StepText(text, before, record)
 
-    def end(self, reason: FinishReason) -> str:
+    def end(self, reason: FinishReason, error: SampleError | None = None) -> str:
         """Finish for a reason other than its own tokens, unless it has finished already; text still held back."""
-        self.finish_reason = self.finish_reason or reason
+        if self.finish_reason is None:
+            self.finish_reason, self.error = reason, error
         text = self.detokenizer.finish()
         self.text += text
         return text
@@ -143,30 +146,86 @@ class Sequence:
 
     def event(self, step: StepText) -> StreamEvent:
         """What a step added, with the sample up to it."""
-        new_logprobs = tuple(self.logprobs[step.before :]) if self.params.logprobs is not None else None
-        new_tokens = tuple(self.token_ids[step.before :])
-        return StreamEvent(step.text, new_tokens, step.record, self.finish_reason, self.output(), new_logprobs)
+        return LiveEvent(self, step)
 
-    def output(self) -> RequestOutput:
-        """The sample so far, a copy that later steps leave alone."""
-        ttft_s = tpot_s = None
-        if self.first_token_s is not None:
-            ttft_s = self.first_token_s - self.arrival_s
-            later = len(self.token_ids) - self.num_first_tokens
-            tpot_s = (self.last_token_s - self.first_token_s) / later if later else None
-        return RequestOutput(
-            prompt_token_ids=self.prompt_ids,
-            token_ids=list(self.token_ids),
-            text=self.text,
-            finish_reason=self.finish_reason,
+    def mark(self) -> Mark:
+        """Where the sample is now."""
+        return Mark(
+            num_tokens=len(self.token_ids),
+            num_characters=len(self.text),
             num_pairs=self.counts.num_pairs,
             num_committed=self.counts.num_committed,
             num_rejected=self.counts.num_rejected,
+            last_token_s=self.last_token_s,
+            finish_reason=self.finish_reason,
+        )
+
+    def output(self, mark: Mark | None = None) -> RequestOutput:
+        """The sample so far, or as it was at `mark`: a copy that later steps leave alone."""
+        mark = mark or self.mark()
+        ttft_s = tpot_s = None
+        if self.first_token_s is not None:
+            ttft_s = self.first_token_s - self.arrival_s
+            later = mark.num_tokens - self.num_first_tokens
+            tpot_s = (mark.last_token_s - self.first_token_s) / later if later else None
+        return RequestOutput(
+            prompt_token_ids=self.prompt_ids,
+            token_ids=self.token_ids[: mark.num_tokens],
+            text=self.text[: mark.num_characters],
+            finish_reason=mark.finish_reason,
+            num_pairs=mark.num_pairs,
+            num_committed=mark.num_committed,
+            num_rejected=mark.num_rejected,
             num_cached_tokens=self.num_cached_tokens,
             ttft_s=ttft_s,
             tpot_s=tpot_s,
-            logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
-            pairs=list(self.records) if self.params.record_pairs else None,
+            logprobs=self.logprobs[: mark.num_tokens] if self.params.logprobs is not None else None,
+            pairs=self.records[: mark.num_pairs] if self.params.record_pairs else None,
             index=self.index,
+            error=self.error if mark.finish_reason is not None else None,
             prompt=self.prompt,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a sample, which only ever grows: enough to say later what it was."""
+
+    num_tokens: int
+    num_characters: int
+    num_pairs: int
+    num_committed: int
+    num_rejected: int
+    last_token_s: float
+    finish_reason: FinishReason | None
+
+
+class LiveEvent(StreamEvent):
+    """An event whose `output` is put together when it is read: copying the sample at every step would cost its square."""
+
+    def __init__(self, sequence: Sequence, step: StepText) -> None:
+        mark = sequence.mark()
+        logprobs = tuple(sequence.logprobs[step.before :]) if sequence.params.logprobs is not None else None
+        values = {
+            "text": step.text,
+            "token_ids": tuple(sequence.token_ids[step.before :]),
+            "pair": step.record,
+            "finish_reason": mark.finish_reason,
+            "logprobs": logprobs,
+            "time_s": mark.last_token_s - sequence.arrival_s if mark.num_pairs else None,
+            "_sequence": sequence,
+            "_mark": mark,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def output(self) -> RequestOutput:
+        """The sample up to and with this step."""
+        sequence: Sequence = self._sequence  # type: ignore[attr-defined]
+        return sequence.output(self._mark)  # type: ignore[attr-defined]
+
+    @property
+    def index(self) -> int:
+        """Which of the prompt's `n` samples this belongs to."""
+        return int(self._sequence.index)  # type: ignore[attr-defined]
