@@ -267,6 +267,13 @@ def test_configs_that_say_too_little_or_too_much(changed: Checkpoints) -> None:
         PipoForCausalLM.from_pretrained(changed("nested", config=_set("mtp_num_hidden_layers", 2)))
 
 
+def test_unreadable_generation_defaults_are_an_error(changed: Checkpoints) -> None:
+    """Breaks when such a file is taken for an absent one: the model would sample with other settings."""
+    folder = changed("pipo", "qwen3")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6')
+    refused("pipo", folder, r"generation_config\.json can't be read as JSON")
+
+
 def test_a_checkpoint_of_the_other_kind_is_refused(checkpoints: Checkpoints) -> None:
     """The message says what to do with it."""
     refused("pipo", checkpoints("base", "qwen3_5"), "regular qwen3_5_text checkpoint.*from_base or `pipo init`")

@@ -14,7 +14,7 @@ from pipo.model.adapter import apply_adapter, is_adapter, read_adapter
 from pipo.model.backbone import build_causal_lm
 from pipo.model.config import PipoConfig, family_config, layout_of, reading_config
 from pipo.model.convert import as_dtype, pipo_from_base, split_hub_options
-from pipo.model.files import WeightFiles, find_checkpoint, read_json
+from pipo.model.files import GENERATION_CONFIG, WeightFiles, find_checkpoint, read_json
 from pipo.model.layout import is_vision, load_strictly
 from pipo.model.modeling import PipoForCausalLM
 
@@ -120,8 +120,10 @@ def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, att
         causal_lm = build_causal_lm(config.text_config, as_dtype(dtype), attention)
         model = PipoForCausalLM(config, causal_lm=causal_lm, initialise=False)
     _fill(model, folder, files)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    defaults = folder / GENERATION_CONFIG
+    if defaults.is_file():
+        with reading_config(defaults):
+            model.generation_config = GenerationConfig.from_dict(read_json(defaults))
     model.eval()
     return model
 

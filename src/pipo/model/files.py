@@ -22,6 +22,7 @@ from pipo.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 PARTIAL = ".partial"
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 TOKENIZER_FILES = (
@@ -33,7 +34,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 HUB_OPTIONS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
@@ -160,9 +161,15 @@ def key_error(where: object, **problems: list[str]) -> CheckpointError:
 
 
 def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], max_shard_size: int | str = "5GB"
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    max_shard_size: int | str = "5GB",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `config.json` and the tensors, as one safetensors file or as shards with an index above `max_shard_size`.
+
+    `texts`: other files of the checkpoint, name → content.
 
     All weights are written aside first, then renamed, and the config comes last: a full disk leaves the checkpoint that
     was here as it was, and a kill at any moment never leaves half a checkpoint that can be loaded.
@@ -185,6 +192,8 @@ def write_checkpoint(
             left_over.unlink()
     if split.is_sharded:
         write_text(folder / INDEX, _json_text({"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
+    for name, text in (texts or {}).items():
+        write_text(folder / name, text)
     write_text(folder / "config.json", config_text)
 
 

@@ -11,7 +11,7 @@ import huggingface_hub
 from torch import Tensor
 
 from pipo.errors import ConfigError, UnsupportedModelError
-from pipo.model.files import INDEX, write_checkpoint, write_text
+from pipo.model.files import GENERATION_CONFIG, INDEX, write_checkpoint, write_text
 from pipo.model.modeling import PipoForCausalLM
 
 REFERENCE_ARCHITECTURES = {"qwen3_5_text": "Qwen3_5ForCausalPIPO", "qwen3_5_moe_text": "Qwen3_5MoeForCausalPIPO"}
@@ -45,9 +45,9 @@ def save_pipo(
     model.config.architectures = ["PipoForCausalLM"]
     model.config.dtype = model.config.text_config.dtype = model.dtype
     config = json.loads(model.config.to_json_string())
-    write_checkpoint(folder, _tensors_to_save(model, state_dict), config, max_shard_size)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    defaults = model.generation_config
+    texts = {} if defaults is None else {GENERATION_CONFIG: defaults.to_json_string()}
+    write_checkpoint(folder, _tensors_to_save(model, state_dict), config, max_shard_size, texts)
     if not (folder / CARD).exists():
         write_text(folder / CARD, model_card(model))
 
