@@ -1,6 +1,6 @@
 # `make demo` and `make test` work on a fresh machine with Python (>= 3.11) and make: they create .venv where it is missing.
 #   PYTHON=python3.12    the interpreter that .venv is made from
-#   TORCH_INDEX=URL      where torch comes from; https://download.pytorch.org/whl/cpu saves gigabytes on Linux without a GPU
+#   TORCH_INDEX=URL      a package index for torch alone, such as PyTorch's own of CPU builds: on Linux without a GPU it saves gigabytes
 #   ARGS="--seed 7"      further options for `pipo demo`
 
 PYTHON ?= python3
