@@ -135,6 +135,7 @@ def calibration_bins(drafts: Sequence[tuple[float, bool]], num_bins: int = 10) -
         inside = [(c, right) for c, right in drafts if low <= c < high or (c == 1.0 and index == num_bins - 1)]
         if inside:
             mean = sum(c for c, _ in inside) / len(inside)
+            mean = min(max(mean, low), high)  # rounding can carry it out of its bin by the last bit
             bins.append(Bin(low, high, mean, sum(right for _, right in inside) / len(inside), len(inside)))
     return bins
 
