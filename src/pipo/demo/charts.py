@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 620, 380
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 18, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Frame:
             x = self.x(value)
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
             parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 21}" text-anchor="middle">{value:g}</text>'
             )
         for value in ticks(*self.y_range):
             y = self.y(value)
@@ -100,19 +100,21 @@ def accuracy_chart(series: Sequence[Series], x_label: str) -> str:
         if one.line:
             path = " ".join(f"{frame.x(p.x):.1f},{frame.y(p.y):.1f}" for p in shown)
             body.append(f'<polyline class="line {one.style}" points="{path}"/>')
-        body += [_marked(frame, point, one.style) for point in shown]
+        body += [_marked(frame, point, one.style, below=index % 2 == 1) for index, point in enumerate(shown)]
     return _svg(body, "Accuracy against speed")
 
 
-def _marked(frame: Frame, point: Point, style: str) -> str:
+def _marked(frame: Frame, point: Point, style: str, below: bool) -> str:
+    """A point with its interval; labels of neighbours go above and below in turn, so that they stay readable."""
     x, y = frame.x(point.x), frame.y(point.y)
+    label_y = y + 19 if below else y - 9
     on_the_left = x > WIDTH - 120
     label_x, anchor = (x - 9, "end") if on_the_left else (x + 9, "start")
     return (
         f'<g class="{style}"><title>{escape(point.hint)}</title>'
         f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(point.low):.1f}" y2="{frame.y(point.high):.1f}"/>'
-        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-        f'<text class="mark" x="{label_x:.1f}" y="{y - 7:.1f}" text-anchor="{anchor}">{escape(point.label)}</text></g>'
+        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
+        f'<text class="mark" x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{anchor}">{escape(point.label)}</text></g>'
     )
 
 

@@ -101,8 +101,9 @@ def read_controls(path: Path) -> Controls:
             rows=list(rows),
             note=(
                 f"Measured when the checkpoints were trained (not now), on {rows[0]['num_problems']} problems of their own, on "
-                f"{content['processor']}. Steps and seconds count everything from nothing. “regular” and both SFT runs use "
-                f"the same {recipe['num_fixed_solutions']:,} worked solutions; base and teacher see a fresh problem each time; "
+                f"{content['processor']}. Steps and seconds (by the clock, beside whatever else that machine did) count "
+                "everything from nothing. “regular” and both SFT runs use the same "
+                f"{recipe['num_fixed_solutions']:,} worked solutions; base and teacher see a fresh problem each time; "
                 "OPD sees fresh problems but no solutions, only what the teacher says of its own."
             ),
             how_trained=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -32,7 +33,7 @@ from pipo.demo.evaluate import (
     shown_pairs,
     threshold_text,
 )
-from pipo.demo.world import Problem
+from pipo.demo.world import Problem, solve
 
 STYLES = {"regular": "s2", "mtp": "s3", "speculative": "s4", "pipo": "s1", "teacher": "s5"}
 SHOWN_SAMPLES = 6
@@ -61,7 +62,6 @@ def build_report(
     pipo = [result for result in results if result.method.name == "pipo"]
     bins = calibration_bins(drafts_of(pipo))
     chosen = nearest(pipo, SHOWN_THRESHOLD)
-    example = next((o for o in chosen.samples if o.finish_reason == "stop"), chosen.samples[0])
     histogram = [
         (f"τ = {threshold_text(r.method.threshold or 0.0)}", f"s{i + 1}", r.tokens_per_step_of_samples)
         for i, r in enumerate(spread(pipo))
@@ -69,8 +69,8 @@ def build_report(
     return template.render(
         num_problems=len(problems),
         cards=cards(results),
-        example_problem=problems[chosen.samples.index(example) // SAMPLES].text,
-        example_solution=example.text,
+        example_problem=problems[0].text,
+        example_solution="".join(solve(problems[0], random.Random(setting.seed))),
         rows=[_row(result, regular_tpot_s) for result in results],
         table_note=TABLE_NOTE,
         controls=[_control_row(row) for row in controls.rows],
