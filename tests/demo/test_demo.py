@@ -53,7 +53,7 @@ def test_the_demo_runs_on_what_was_trained(trained: Path, tmp_path: Path) -> Non
     assert len({row["threshold"] for row in rows if row["method"] == "pipo"}) >= 4
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert "PIPO by SFT + OPD" in page
+    assert "PIPO SFT + OPD" in page
     record = json.loads((trained / "checkpoints" / "pipo" / "run.json").read_text())
     assert [entry["stage"]["name"] for entry in record["stages"]] == ["base", "sft", "opd"]
 

@@ -23,11 +23,11 @@ PROBLEM_SEED = 77_000
 THRESHOLDS = (0.0, 0.5, 0.9, 0.95, 1.01)
 
 MODELS = {
-    "base": "start of all of them",
-    "regular": "regular, trained as long as PIPO",
-    "sft": "PIPO by SFT",
-    "sft-long": "PIPO by SFT, as long as SFT + OPD",
-    "opd": "PIPO by SFT + OPD",
+    "base": "start of all",
+    "regular": "regular control",
+    "sft": "PIPO SFT",
+    "sft-long": "PIPO SFT control",
+    "opd": "PIPO SFT + OPD",
     "teacher": "teacher",
 }
 
@@ -77,7 +77,7 @@ def _methods(recipe: Recipe, name: str) -> list[Method]:
             Method("pipo", f"τ = {threshold_text(m.threshold or 0.0)}", name, "pipo", m.threshold)
             for m in pipo_methods(name, THRESHOLDS)
         ]
-    return [Method("regular", "regular", name, "regular"), Method("mtp", "MTP, no verification", name, "mtp")]
+    return [Method("regular", "regular", name, "regular"), Method("mtp", "MTP, unverified", name, "mtp")]
 
 
 def lineage(recipe: Recipe, out: Path, name: str) -> list[dict[str, Any]]:
@@ -102,8 +102,8 @@ def read_controls(path: Path) -> Controls:
             note=(
                 f"Measured when the checkpoints were trained (not now), on {rows[0]['num_problems']} problems of their own, on "
                 f"{content['processor']}. Steps and seconds (by the clock, beside whatever else that machine did) count "
-                "everything from nothing. “regular” and both SFT runs use the same "
-                f"{recipe['num_fixed_solutions']:,} worked solutions; base and teacher see a fresh problem each time; "
+                "everything from nothing. The controls have as many steps as SFT + OPD; they and SFT use the same "
+                f"{recipe['num_fixed_solutions']:,} worked solutions; the start and the teacher see a fresh problem each time; "
                 "OPD sees fresh problems but no solutions, only what the teacher says of its own."
             ),
             how_trained=(

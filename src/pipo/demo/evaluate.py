@@ -29,7 +29,7 @@ TEMPERATURE = 1.0
 TOP_P = 0.95
 MAX_TOKENS = 40
 MAX_NUM_SEQS = 64
-THRESHOLDS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 1.01)
+THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.01)
 Z_95 = 1.959964
 
 EngineMethod = Literal["regular", "mtp", "speculative", "pipo"]
@@ -49,7 +49,7 @@ class Method:
 
 def pipo_methods(checkpoint: str = "pipo", thresholds: Sequence[float] = THRESHOLDS) -> list[Method]:
     """PIPO at every threshold."""
-    return [Method("pipo", f"PIPO, τ = {threshold_text(t)}", checkpoint, "pipo", t) for t in thresholds]
+    return [Method("pipo", f"PIPO τ = {threshold_text(t)}", checkpoint, "pipo", t) for t in thresholds]
 
 
 def threshold_text(threshold: float) -> str:
@@ -61,10 +61,10 @@ def threshold_text(threshold: float) -> str:
 
 METHODS: tuple[Method, ...] = (
     Method("regular", "regular", "regular", "regular"),
-    Method("mtp", "MTP, no verification", "regular", "mtp"),
+    Method("mtp", "MTP, unverified", "regular", "mtp"),
     Method("speculative", "speculative", "regular", "speculative"),
     *pipo_methods(),
-    Method("teacher", "teacher, regular", "teacher", "regular"),
+    Method("teacher", "teacher", "teacher", "regular"),
 )
 
 

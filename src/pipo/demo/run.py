@@ -140,9 +140,11 @@ def _measure(models: Checkpoints, problems: Sequence[Problem], seed: int, consol
 
 def results_table(results: Sequence[Result]) -> Table:
     """The table of the methods measured now."""
-    table = Table(title="Measured now", title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title="Measured now", title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("method", no_wrap=True)
-    for name in ("avg@4 %", "pass@4 %", "tok/step", "commit", "TTFT ms", "TPOT ms", "speed-up"):
+    for name in ("avg@4 %", "pass@4 %", "tok/step", "commit", "TTFT ms", "TPOT ms", "speed"):
         table.add_column(name, justify="right", no_wrap=True)
     base = regular(results)
     for result in results:
@@ -168,10 +170,11 @@ def controls_table(rows: Sequence[dict[str, object]]) -> Table:
         header_style="bold",
         box=None,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in ("model", "decoding"):
         table.add_column(name, no_wrap=True)
-    for name in ("avg@4 %", "pass@4 %", "tok/step", "steps", "seconds"):
+    for name in ("avg@4 %", "pass@4 %", "tok/step", "steps", "s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -209,10 +212,12 @@ def _show_solution(
     for token1, draft, pair in shown_pairs(output, pieces):
         text.append(token1)
         if draft:
-            text.append(draft, style="bold green" if pair.committed else "red strike")
+            text.append(
+                draft if pair.committed else f"({draft})", style="bold green" if pair.committed else "red strike"
+            )
         text.append(" |", style="dim")
     console.print(
-        f"\n[bold]One solution, pair by pair[/bold] ({result.method.label}; second tokens [bold green]kept[/], [red strike]rejected[/])"
+        f"\n[bold]One solution, pair by pair[/bold] ({result.method.label}; second tokens [bold green]kept[/], [red strike](rejected)[/])"
     )
     console.print(Text(problems[index // SAMPLES].text, style="cyan"))
     console.print(text)
