@@ -335,3 +335,8 @@ def test_export_is_for_the_authors_families_only(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="not for 'llama'"):
         pipo_model("llama").export_reference(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_who_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    pipo_model("qwen3").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode

@@ -195,6 +195,8 @@ def write_checkpoint(
     for name, text in (texts or {}).items():
         write_text(folder / name, text)
     write_text(folder / "config.json", config_text)
+    for name in split.filename_to_tensors:  # safetensors makes files that only their owner can read
+        shutil.copymode(folder / "config.json", folder / name)
 
 
 def _json_text(content: dict[str, Any]) -> str:
