@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipo.losses import token
+from pipo.losses import chunked
 from pipo.model.modeling import PipoForCausalLM
 from pipo.pairing import IGNORE_INDEX as IGN
 from pipo.reference import sft_losses
@@ -33,7 +33,7 @@ def test_the_golden_losses(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_s_chunked_losses_equal_the_naive_ones(name, monkeypatch):
     """Values, and gradients in every part of the model, with chunks that end in the middle of a row."""
-    monkeypatch.setattr(token, "CHUNK_POSITIONS", 3)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 3 * 4 * chunked.NUM_WIDE * 320)  # three positions
     model = PipoForCausalLM.from_pretrained(GOLDEN / name)
     ids = torch.randint(0, 300, (1, 16), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()

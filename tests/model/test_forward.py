@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, VOCAB, base_model, config_of, pipo_model
 from pipo import PipoConfig, PipoForCausalLM
 from pipo.errors import PairingError
-from pipo.losses import token
+from pipo.losses import OutputMap, chunked, token
 from pipo.pairing import IGNORE_INDEX as IGN
 
 # Lengths in slots. The first two reach beyond twice the sliding window of 8 pairs.
@@ -244,23 +244,23 @@ def test_losses_in_chunks_are_the_whole_s(family: str, monkeypatch: pytest.Monke
     model = pipo_model(family)
     out = supervised(model)
     whole = gradients(model, out.loss)
-    monkeypatch.setattr(token, "CHUNK_POSITIONS", 3)
-    chunked = supervised(model)
-    torch.testing.assert_close(chunked.loss, out.loss)
-    for name, gradient in gradients(model, chunked.loss).items():
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 3 * 4 * chunked.NUM_WIDE * VOCAB)  # three positions
+    in_chunks = supervised(model)
+    torch.testing.assert_close(in_chunks.loss, out.loss)
+    for name, gradient in gradients(model, in_chunks.loss).items():
         close(gradient, whole[name], name, relative=1e-5)
 
 
 @pytest.mark.parametrize("supervise", [1.0, 0.5, 0.0])
 def test_chunked_cross_entropy_is_the_plain_one(supervise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, probabilities of the labels, and gradients in hidden states and head."""
-    monkeypatch.setattr(token, "CHUNK_POSITIONS", 3)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 3 * 4 * chunked.NUM_WIDE * 40)  # three positions
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 7, 16, generator=generator, requires_grad=True)
     weight = torch.randn(40, 16, generator=generator, requires_grad=True)
     labels = torch.randint(0, 40, (2, 7), generator=generator)
     labels[torch.rand(2, 7, generator=generator) >= supervise] = IGN
-    found = token.cross_entropy(hidden, lambda h: h @ weight.T, labels)
+    found = token.cross_entropy(hidden, OutputMap(weight), labels)
     fast = torch.autograd.grad(found.mean, (hidden, weight), allow_unused=True)
     if not supervise:
         assert found.mean.item() == 0.0

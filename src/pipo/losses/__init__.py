@@ -1,1 +1,31 @@
-"""Losses of PIPO training: pure functions of hidden states and a head. Sections 3.1 and 3.2 of the paper."""
+"""Losses of PIPO training: pure functions of hidden states and a head. Sections 3.1 and 3.2 of the paper.
+
+`cross_entropy` for supervised fine-tuning; `full`, `topk` and `sampled` (or `divergence_loss` by name) against a teacher;
+`confidence_loss` for the gate. A head comes as an :class:`OutputMap`: `model.output_map()` gives a model's own.
+"""
+
+from pipo.losses.chunked import Positions
+from pipo.losses.confidence import confidence_loss
+from pipo.losses.divergence import Divergence, Mode, divergence_loss, full, sampled, topk
+from pipo.losses.head import LogitScale, OutputMap
+from pipo.losses.teacher import FullTeacher, LocalTeacher, ServedTeacher, Teacher
+from pipo.losses.token import TokenLoss, cross_entropy
+
+__all__ = [
+    "Divergence",
+    "FullTeacher",
+    "LocalTeacher",
+    "LogitScale",
+    "Mode",
+    "OutputMap",
+    "Positions",
+    "ServedTeacher",
+    "Teacher",
+    "TokenLoss",
+    "confidence_loss",
+    "cross_entropy",
+    "divergence_loss",
+    "full",
+    "sampled",
+    "topk",
+]

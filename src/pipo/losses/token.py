@@ -1,23 +1,20 @@
 """Cross-entropy of a head over its own supervised positions, in chunks, never as `[L, V]` logits.
 
-Shape legend: N supervised positions, C positions of a chunk, H width, V vocabulary.
+Shape legend: N supervised positions, H width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from pipo.errors import ConfigError
+from pipo.losses.chunked import head_pass
+from pipo.losses.head import OutputMap
+from pipo.losses.objective import CrossEntropy
 from pipo.pairing import IGNORE_INDEX
-
-CHUNK_POSITIONS = 1024
-
-Head = Callable[[Tensor], Tensor]
 
 
 class TokenLoss(NamedTuple):
@@ -29,29 +26,57 @@ class TokenLoss(NamedTuple):
     supervised: Tensor
 
 
-def cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> TokenLoss:
-    """Mean cross-entropy of `head(hidden)` against `labels` over the labels that are not −100.
+class Supervised(NamedTuple):
+    """The positions that carry a loss, and where they are."""
+
+    hidden_NH: Tensor
+    labels_N: Tensor
+    mask: Tensor
+
+
+def cross_entropy(
+    hidden: Tensor, head: OutputMap, labels: Tensor, *, num_items: int | Tensor | None = None
+) -> TokenLoss:
+    """Mean cross-entropy of `head` at `hidden` against `labels`, over the labels that are not −100.
 
     Args:
-        hidden: `[..., H]`, any float dtype. head: `[C, H] → [C, V]` logits. labels: `[...]` int64.
+        hidden: `[..., H]`, any float dtype. labels: `[...]` int64.
+        num_items: what the sum over positions is divided by. By default the supervised positions of this call; across
+            gradient accumulation and ranks those of the whole optimiser step, and 1 for the sum itself.
 
-    The softmax is taken in float32. Logits live for one chunk at a time, in the backward pass too.
+    Raises:
+        ConfigError: a label outside the vocabulary, or shapes that don't fit.
+
+    The softmax is taken in float32, from logits summed in float32. Logits live for one chunk at a time.
     """
-    supervised = labels != IGNORE_INDEX
-    hidden_NH, labels_N = hidden[supervised], labels[supervised]
-    total = hidden_NH.float().sum() * 0.0
-    log_probs: list[Tensor] = []
-    for hidden_CH, labels_C in zip(
-        torch.split(hidden_NH, CHUNK_POSITIONS), torch.split(labels_N, CHUNK_POSITIONS), strict=True
-    ):
-        if labels_C.numel() == 0:
-            continue
-        losses_C = checkpoint(_chunk_losses, hidden_CH, labels_C, head, use_reentrant=False)
-        total = total + losses_C.sum()
-        log_probs.append(-losses_C.detach())
-    probability = torch.cat(log_probs).exp() if log_probs else hidden_NH.new_zeros(0, dtype=torch.float32)
-    return TokenLoss(total / max(labels_N.numel(), 1), probability, supervised)
+    found = supervised_positions(hidden, labels, head)
+    weights_N = weights_of_mean(found, num_items)
+    mean, positions = head_pass(found.hidden_NH, head, CrossEntropy(), found.labels_N, weights_N)
+    return TokenLoss(mean, positions.log_prob.exp(), found.mask)
 
 
-def _chunk_losses(hidden_CH: Tensor, labels_C: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(head(hidden_CH).float(), labels_C, reduction="none")
+def supervised_positions(hidden: Tensor, labels: Tensor, head: OutputMap) -> Supervised:
+    """Hidden states and labels of the labels that are not −100.
+
+    Raises:
+        ConfigError: a label outside the vocabulary, or shapes that don't fit.
+    """
+    if hidden.shape != (*labels.shape, head.weight.shape[1]):
+        raise ConfigError(
+            f"hidden states must come in the shape {[*labels.shape, head.weight.shape[1]]} (that of the labels, and the head's "
+            f"width), got {list(hidden.shape)}"
+        )
+    mask = labels != IGNORE_INDEX
+    labels_N = labels[mask]
+    # Without this an accelerator stops with an assertion that names nothing.
+    wrong = labels_N[(labels_N < 0) | (labels_N >= head.vocab_size)]
+    if wrong.numel():
+        raise ConfigError(f"label {int(wrong[0])} is outside the vocabulary of {head.vocab_size} entries")
+    return Supervised(hidden[mask], labels_N, mask)
+
+
+def weights_of_mean(found: Supervised, num_items: int | Tensor | None) -> Tensor:
+    """`1 / num_items` of each position `[N]`, float32 (float64); by default of the mean over these positions."""
+    number = max(len(found.labels_N), 1) if num_items is None else num_items
+    dtype = torch.promote_types(found.hidden_NH.dtype, torch.float32)
+    return torch.ones_like(found.labels_N, dtype=dtype) / number

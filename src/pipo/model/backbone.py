@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from pipo.errors import UnsupportedModelError
+from pipo.losses.head import LogitScale, OutputMap
 
 LayerCall = dict[str, Any]
 """The keyword arguments with which a decoder called its template layer."""
@@ -166,15 +167,38 @@ class Backbone:
             )
         return out.last_hidden_state, calls[-1]
 
+    def logit_scale(self) -> LogitScale:
+        """The family's logit scale and soft cap."""
+        return LogitScale(
+            divisor=getattr(self.config, "logits_scaling", None),  # granite
+            factor=getattr(self.config, "logit_scale", None),  # cohere
+            cap=getattr(self.config, "final_logit_softcapping", None),  # gemma
+        )
+
     def scale_logits(self, logits: Tensor) -> Tensor:
         """The family's logit scale and soft cap, applied to what the head matrix gives."""
-        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # granite
-            logits = logits / divisor
-        if (factor := getattr(self.config, "logit_scale", None)) is not None:  # cohere
-            logits = logits * factor
-        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return self.logit_scale().apply(logits)
+
+    def output_map(self, head: nn.Module) -> OutputMap:
+        """The map from hidden states to logits as the losses take it, around the head's own weight.
+
+        A head that FSDP shards is whole only while the model's forward runs: call this there.
+
+        Raises:
+            UnsupportedModelError: the head is not a plain linear layer with a whole weight.
+        """
+        kind = type(head).__name__
+        if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+            raise UnsupportedModelError(
+                f"the losses need a plain linear head, and this model's is a {kind}: leave the head out of the adapter "
+                "(peft: target_modules, modules_to_save) and of the quantisation, or merge the adapter first"
+            )
+        if hasattr(head.weight, "device_mesh"):
+            raise UnsupportedModelError(
+                f"the losses need the head's whole weight, and that of this {kind} is sharded over devices: compute the loss in "
+                "the model's forward, and let head and decoder be sharded as one"
+            )
+        return OutputMap(head.weight, head.bias, self.logit_scale())
 
     def check_output_map(self, causal_lm: Any) -> None:
         """Compare head and :meth:`scale_logits` with the family's own forward on two tokens.

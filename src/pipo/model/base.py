@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from pipo.errors import ConfigError
+from pipo.losses.head import OutputMap
 from pipo.losses.token import cross_entropy
 from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
 from pipo.model.convert import as_dtype, load_base, load_mtp, split_hub_options
@@ -112,6 +113,10 @@ class BaseForCausalLM(nn.Module):
         """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
         return self.backbone.scale_logits(self.lm_head(hidden))
 
+    def output_map(self) -> OutputMap:
+        """The same map as plain data, for the losses. See :meth:`pipo.model.backbone.Backbone.output_map`."""
+        return self.backbone.output_map(self.lm_head)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -141,9 +146,9 @@ class BaseForCausalLM(nn.Module):
                 absent_BT = ~attention_mask[:, :-1].bool()
                 next_BT = next_BT.masked_fill(absent_BT, IGNORE_INDEX)
                 beyond_BT = beyond_BT.masked_fill(absent_BT, IGNORE_INDEX)
-            output.backbone_loss = output.loss = cross_entropy(hidden[:, :-1], self.head, next_BT).mean
+            output.backbone_loss = output.loss = cross_entropy(hidden[:, :-1], self.output_map(), next_BT).mean
             if output.mtp_hidden is not None:
-                output.mtp_loss = cross_entropy(output.mtp_hidden, self.head, beyond_BT).mean
+                output.mtp_loss = cross_entropy(output.mtp_hidden, self.output_map(), beyond_BT).mean
                 output.loss = output.backbone_loss + mtp_weight * output.mtp_loss
         return output
 

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from pipo.errors import PairingError
 from pipo.losses.confidence import confidence_loss
+from pipo.losses.head import OutputMap
 from pipo.losses.token import cross_entropy
 from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
 from pipo.model.compressor import Compressor
@@ -143,6 +144,10 @@ class PipoForCausalLM(PreTrainedModel):
         """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
         return self.backbone.scale_logits(self.lm_head(hidden))
 
+    def output_map(self) -> OutputMap:
+        """The same map as plain data, for the losses. See :meth:`pipo.model.backbone.Backbone.output_map`."""
+        return self.backbone.output_map(self.lm_head)
+
     def confidence(self, hidden_BLH: Tensor, mtp_hidden_BLH: Tensor) -> Tensor:
         """Confidence of each draft in [0, 1], float32 `[B, L]` (eq. 4)."""
         return torch.sigmoid(self.confidence_head(hidden_BLH, mtp_hidden_BLH))
@@ -199,8 +204,9 @@ class PipoForCausalLM(PreTrainedModel):
         if mask_BL is not None:  # left padding predicts nothing: a row's first pair has no step before it
             absent_BL = ~mask_BL[:, :-1].bool()
             labels1_BL, labels2_BL = (x.masked_fill(absent_BL, IGNORE_INDEX) for x in (labels1_BL, labels2_BL))
-        token1 = cross_entropy(hidden_BLH[:, :-1], self.head, labels1_BL)
-        token2 = cross_entropy(mtp_hidden_BLH, self.head, labels2_BL)
+        head = self.output_map()
+        token1 = cross_entropy(hidden_BLH[:, :-1], head, labels1_BL)
+        token2 = cross_entropy(mtp_hidden_BLH, head, labels2_BL)
         output.backbone_loss, output.mtp_loss = token1.mean, token2.mean
         output.confidence_loss = confidence_loss(confidence_BL[token2.supervised], token2.label_probability)
         output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss

@@ -1,1 +1,0 @@
-"""An OpenAI-compatible HTTP server on the embedded engine, and its playground page. Extra `serve`."""
