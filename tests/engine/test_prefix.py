@@ -79,6 +79,19 @@ def test_the_next_turn_reads_the_reply_as_it_was_written(family: str) -> None:
     assert outputs[0] == outputs[64 * MEBIBYTE]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_several_samples_of_a_kept_prompt(family: str) -> None:
+    """They share what is left of the prefill, and what was kept of the MTP block's cache."""
+    model = pipo_model(family)
+    cached, ids = LLM(model, prefix_cache_bytes=64 * MEBIBYTE), list(range(5, 40))
+    params = dataclasses.replace(PARAMS, n=3, temperature=1.0, seed=3)
+    expected = [said(output) for output in LLM(model).generate(prompt(ids), params)]
+    for _ in range(2):
+        outputs = cached.generate(prompt(ids), params)
+        assert [said(output) for output in outputs] == expected
+    assert outputs[0].num_cached_tokens > 0
+
+
 def test_requests_that_never_draft_leave_no_broken_mtp_entries() -> None:
     model = pipo_model("qwen3")
     llm = LLM(model, prefix_cache_bytes=64 * MEBIBYTE)

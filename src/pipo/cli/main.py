@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipo
-from pipo.cli import chat, demo, export, generate, info, init
+from pipo.cli import chat, demo, export, generate, info, init, serve
 from pipo.cli.terminal import print_error
 from pipo.errors import PipoError
 
@@ -66,6 +66,7 @@ def _root(
 app.command()(demo.demo)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(info.info)
 app.command()(init.init)
 app.command()(export.export)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from pipo.model.backbone import Backbone, LayerCall
 from pipo.model.modeling import PipoForCausalLM
@@ -72,6 +72,9 @@ class Prefilled:
         self.hidden_BLH = self.hidden_BLH.expand(num_rows, -1, -1)
         self.following_BL = self.following_BL.repeat(num_rows, 1)
         self.lengths = self.lengths * num_rows
+        mtp_layer = self.cache.layers[-1]  # the backbone is done with its own; the MTP block goes on with all rows
+        if isinstance(mtp_layer, DynamicLayer) and mtp_layer.is_initialized:
+            mtp_layer.batch_repeat_interleave(num_rows)
 
     def run_mtp(self, token1_B: Tensor) -> Tensor:
         """Run the MTP block over **all** positions, which fills its cache; `d [B, H]` of each prompt's last one."""
