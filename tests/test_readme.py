@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
-    for block in re.findall(r"```\n(.*?)```", README, re.S)
+    for block in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
     for line in block.splitlines()
     if line.startswith("pipo ")
 ]

@@ -47,7 +47,9 @@ def demo(
     if train:
         from pipo.demo import train as training
 
-        training.main(out=out, seed=seed, num_problems=num_problems, resume=resume, console=console(stderr=False))
+        training.main(
+            out=out, seed=seed, num_problems=num_problems, resume=resume, console=console(stderr=False, wrap=True)
+        )
     else:
         from pipo.demo import run
 
@@ -56,6 +58,6 @@ def demo(
             seed=seed,
             num_problems=num_problems,
             as_json=as_json,
-            console=console(stderr=as_json),
+            console=console(stderr=as_json, wrap=True),
             checkpoints=checkpoints or run.CHECKPOINTS,
         )

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-def console(stderr: bool = True) -> Console:
-    """A console on stderr (progress, notes) or stdout (results for people)."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+def console(stderr: bool = True, wrap: bool = False) -> Console:
+    """A console on stderr (progress, notes) or stdout (results for people). `wrap`: break lines between words."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=not wrap)
 
 
 def print_error(message: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -93,10 +95,10 @@ def _run(
         seconds=time.perf_counter() - began,
     )
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    _write(out / "results.json", _as_json(rows, indent=1) + "\n")
     _write(out / "report.html", build_report(results, problems, pieces, controls, setting))
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print(_as_json(rows))
         return
     console.print(results_table(results))
     console.print(Text(TABLE_NOTE, style="dim"))
@@ -222,6 +224,18 @@ def _show_solution(
     console.print(Text(problems[index // SAMPLES].text, style="cyan"))
     console.print(text)
     console.print(f"[dim]{len(output.token_ids)} tokens in {output.num_pairs} steps[/dim]")
+
+
+def _as_json(rows: Sequence[dict[str, Any]], indent: int | None = None) -> str:
+    """JSON knows no NaN: an end of an interval that is undefined (one problem has no spread) is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    plain_rows = [{name: plain(value) for name, value in row.items()} for row in rows]
+    return json.dumps(plain_rows, indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _write(path: Path, text: str) -> None:
