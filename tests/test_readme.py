@@ -30,7 +30,7 @@ def test_the_python_example(monkeypatch, capsys):
 
 
 def test_the_commands_are_found():
-    assert {command.split()[1] for command in COMMANDS} == {"generate", "chat", "info", "init", "export"}
+    assert {command.split()[1] for command in COMMANDS} == {"generate", "chat", "info", "init", "export", "serve"}
 
 
 @pytest.mark.parametrize(
