@@ -110,3 +110,19 @@ def test_the_checkpoints_defaults_are_taken(tmp_path: Path) -> None:
     assert all(len(row) == 2 + 6 for row in drawn)
     greedy = {tuple(model.generate(ids, do_sample=False, eos_token_id=-1)[0].tolist()) for _ in range(2)}
     assert len(greedy) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "granite"])
+def test_what_is_drawn_from_is_float32_also_in_bfloat16(family: str) -> None:
+    """Fails when logits are rounded to bfloat16 on their way to softmax and log-probabilities."""
+    model = pipo_model(family).to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+        hidden = torch.randn(3, 64).to(torch.bfloat16)
+        exact = model.backbone.scale_logits(hidden.double() @ model.lm_head.weight.double().T)
+        drawn_from, rounded = model.sampling_logits(hidden), model.head(hidden)
+    top = exact.topk(64).indices  # at the 128th, roundings decide who is in
+    error = (drawn_from.double() - exact).gather(1, top).abs().max()
+    assert drawn_from.dtype == torch.float32
+    assert error < 1e-4
+    assert (rounded.double() - exact).abs().max() > 100 * error

@@ -116,7 +116,7 @@ class BaseRunner:
     def _write_token(self, hidden_BH: Tensor, rows: Rows) -> PairResult:
         """Draw each row's next token."""
         hidden_BH, finite_B = finite_rows(hidden_BH)
-        token1_B, logprobs1 = rows.draw(self.model.head(hidden_BH), TOKEN1)
+        token1_B, logprobs1 = rows.draw(self.model.sampling_logits(hidden_BH), TOKEN1)
         rows.count(token1_B)
         return single_tokens(token1_B, finite_B, logprobs1)
 
@@ -164,7 +164,7 @@ class MtpRunner(BaseRunner):
 
     def _with_draft(self, rows: Rows, first: PairResult, mtp_hidden_BH: Tensor) -> PairResult:
         mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
-        draft_B, logprobs2 = rows.draw(self.model.head(mtp_hidden_BH), TOKEN2)
+        draft_B, logprobs2 = rows.draw(self.model.sampling_logits(mtp_hidden_BH), TOKEN2)
         rows.count(draft_B)
         return first._replace(
             draft_B=draft_B, committed_B=torch.ones_like(draft_B, dtype=torch.bool), logprobs2=logprobs2
@@ -206,7 +206,7 @@ class SpeculativeRunner(BaseRunner):
         """A draft per row and the distribution it was drawn from."""
         mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
         num_tokens_B = None if rows.num_tokens_B is None else rows.num_tokens_B + num_new_B
-        logits_BV = process_logits(self.model.head(mtp_hidden_BH), rows.batch, rows.history, num_tokens_B)
+        logits_BV = process_logits(self.model.sampling_logits(mtp_hidden_BH), rows.batch, rows.history, num_tokens_B)
         return sample(logits_BV, rows.batch, rows.position_B, TOKEN2), probabilities(logits_BV, rows.batch)
 
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
@@ -232,7 +232,10 @@ class SpeculativeRunner(BaseRunner):
     def _verify(self, rows: Rows, hidden_B2H: Tensor) -> tuple[PairResult, Tensor]:
         """Token 1 is the draft or its replacement; where the draft stands, token 2 is the backbone's next."""
         flat, finite = finite_rows(hidden_B2H.flatten(0, 1))
-        logits_B2V, finite_B = self.model.head(flat).view(len(self._draft_B), 2, -1), finite.view(-1, 2).all(-1)
+        logits_B2V, finite_B = (
+            self.model.sampling_logits(flat).view(len(self._draft_B), 2, -1),
+            finite.view(-1, 2).all(-1),
+        )
         batch, position_B = rows.batch, rows.position_B
         target_BV = process_logits(logits_B2V[:, 0], batch, rows.history, rows.num_tokens_B)
         verdict = speculative_verify(

@@ -47,6 +47,9 @@ REFUSED = {
 }
 """Families that can't be supported, with the reason. Others are checked when they are built."""
 
+REFINED_LOGITS = 128
+"""Per row, the logits that a CPU computes again in float32 where the head is narrower."""
+
 _calls: ContextVar[list[LayerCall] | None] = ContextVar("template_layer_calls", default=None)
 
 
@@ -178,6 +181,24 @@ class Backbone:
     def scale_logits(self, logits: Tensor) -> Tensor:
         """The family's logit scale and soft cap, applied to what the head matrix gives."""
         return self.logit_scale().apply(logits)
+
+    def sampling_logits(self, head: nn.Module, hidden_BH: Tensor) -> Tensor:
+        """Logits `[B, V]` to draw from, scaled and capped, float32 also where the weights are not.
+
+        Sums rounded to bfloat16 would be off by up to 0.06 at a magnitude of 16. A GPU keeps the sums in float32. A CPU can't;
+        there the `REFINED_LOGITS` largest of each row, which hold the mass that is drawn from, are computed again in float32.
+        """
+        if not isinstance(head, nn.Linear) or head.weight.dtype == torch.float32:
+            return self.scale_logits(head(hidden_BH).float())
+        if head.weight.is_cuda and head.weight.dtype == hidden_BH.dtype == torch.bfloat16:
+            logits_BV = torch.mm(hidden_BH, head.weight.T, out_dtype=torch.float32)
+            return self.scale_logits(logits_BV if head.bias is None else logits_BV + head.bias)
+        logits_BV = head(hidden_BH).float()
+        ids_BK = logits_BV.topk(min(REFINED_LOGITS, logits_BV.shape[-1])).indices
+        exact_BK = torch.bmm(head.weight[ids_BK].float(), hidden_BH.float()[:, :, None])[:, :, 0]
+        if head.bias is not None:
+            exact_BK += head.bias[ids_BK]
+        return self.scale_logits(logits_BV.scatter(1, ids_BK, exact_BK))
 
     def output_map(self, head: nn.Module) -> OutputMap:
         """The map from hidden states to logits as the losses take it, around the head's own weight.

@@ -113,6 +113,10 @@ class BaseForCausalLM(nn.Module):
         """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
         return self.backbone.scale_logits(self.lm_head(hidden))
 
+    def sampling_logits(self, hidden_BH: Tensor) -> Tensor:
+        """`[B, H] → [B, V]`: logits to draw from, float32. See :meth:`pipo.model.backbone.Backbone.sampling_logits`."""
+        return self.backbone.sampling_logits(self.lm_head, hidden_BH)
+
     def output_map(self) -> OutputMap:
         """The same map as plain data, for the losses. See :meth:`pipo.model.backbone.Backbone.output_map`."""
         return self.backbone.output_map(self.lm_head)

@@ -116,7 +116,7 @@ def write_pair(
         run_mtp: from token 1 `[B]` to `d [B, H]`, filling the MTP block's cache; `None` where no row can commit a draft.
     """
     hidden_BH, finite_B = finite_rows(hidden_BH)
-    token1_B, logprobs1 = rows.draw(model.head(hidden_BH), TOKEN1)
+    token1_B, logprobs1 = rows.draw(model.sampling_logits(hidden_BH), TOKEN1)
     rows.count(token1_B)
     if run_mtp is None:
         return single_tokens(token1_B, finite_B, logprobs1)
@@ -156,15 +156,15 @@ def _second_head(
     Looking at the gate would stall a GPU, so there the head is run for all rows.
     """
     if mtp_hidden_BH.device.type != "cpu":
-        return model.head(mtp_hidden_BH), None
+        return model.sampling_logits(mtp_hidden_BH), None
     wanted_B = committed_B.clone()
     wanted_B[list(records)] = True
     num_wanted = int(wanted_B.sum())
     if num_wanted == 0:
         return None, wanted_B
     if num_wanted == len(wanted_B):
-        return model.head(mtp_hidden_BH), None
-    some_NV = model.head(mtp_hidden_BH[wanted_B])
+        return model.sampling_logits(mtp_hidden_BH), None
+    some_NV = model.sampling_logits(mtp_hidden_BH[wanted_B])
     return some_NV.new_zeros(len(wanted_B), some_NV.shape[-1]).index_put((wanted_B,), some_NV), wanted_B
 
 
