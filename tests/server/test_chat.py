@@ -191,6 +191,15 @@ def test_reasoning_comes_apart(qwen_client: httpx2.AsyncClient, dictate: Callabl
     assert streamed["content"] == "Yes, indeed.\n"
 
 
+def test_no_event_is_broken_by_what_looks_like_a_line_end(
+    qwen_client: httpx2.AsyncClient, dictate: Callable[[str], None]
+) -> None:
+    """Clients that split lines as Python does would see half an event."""
+    odd = "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"
+    dictate("</think>" + odd)
+    assert merged(stream(qwen_client, ask_qwen()))["content"] == odd
+
+
 CALLS = (
     "Let me see.\n</think>\n\nOne moment.\n\n<tool_call>\n<function=weather>\n<parameter=city>\nBern\n</parameter>\n<parameter=days>\n3\n"
     "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=weather>\n<parameter=city>\n5\n</parameter>\n</function>\n</tool_call>"

@@ -29,6 +29,8 @@ log = logging.getLogger("pipo.server")
 
 Kind = Literal["chat", "text"]
 DONE = b"data: [DONE]\n\n"
+LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""What Python, and so many a client, takes for the end of a line, though neither JSON nor server-sent events do."""
 LAST_WORDS_S = 1.0
 """How long a client that reads too slowly is given to hear why it is cut off."""
 
@@ -106,7 +108,7 @@ class Plan:
             "system_fingerprint": f"pipo-{pipo.__version__}",
             **more,
         }
-        return model.model_validate(body).model_dump_json(exclude_unset=True).encode()
+        return model.model_validate(body).model_dump_json(exclude_unset=True).translate(LINE_ENDS).encode()
 
 
 class Exchange(Response):

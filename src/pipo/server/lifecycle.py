@@ -36,18 +36,14 @@ class Connection(H11Protocol):
         self._stop_clock()
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        """A later head's clock starts with its first byte."""
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE and self._deadline is None:
-            self._start_clock()
-
     def handle_events(self) -> None:
-        """Read what has come. A whole head stops the clock; its request has not begun to run yet."""
+        """Read what has come. A whole head stops the clock; a later head's clock starts with its first byte."""
         super().handle_events()
         if self.conn.their_state is not h11.IDLE:
             self._stop_clock()
-        if self.scope is not None:
+        elif self._deadline is None and self.conn.trailing_data[0]:
+            self._start_clock()
+        if self.scope is not None:  # its request has not begun to run yet
             extensions = cast("dict[str, Any]", self.scope.setdefault("extensions", {}))
             extensions["pipo.cut"] = self.transport.abort
 
@@ -93,9 +89,9 @@ def listen(settings: ServerSettings) -> socket.socket:
         raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
 
 
-def serve_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> None:
-    """Serve until SIGTERM (returns) or SIGINT (raises `KeyboardInterrupt`)."""
-    config = uvicorn.Config(
+def configure(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
+    """uvicorn's side of the settings."""
+    return uvicorn.Config(
         app,
         http=type("TimedConnection", (Connection,), {"header_timeout_s": settings.header_timeout_s}),
         ws="none",
@@ -105,9 +101,13 @@ def serve_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
+
+
+def serve_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> None:
+    """Serve until SIGTERM (returns) or SIGINT (raises `KeyboardInterrupt`)."""
     previous = signal.signal(signal.SIGTERM, _nothing)  # uvicorn raises it once more when it is done
     try:
-        Process(config, app).run(sockets=[listener])
+        Process(configure(app, settings), app).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous)
 
