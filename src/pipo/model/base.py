@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 
 from pipo.errors import ConfigError
-from pipo.losses.head import OutputMap
 from pipo.losses.token import cross_entropy
-from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
+from pipo.model.backbone import Backbone, build_causal_lm
 from pipo.model.convert import as_dtype, load_base, load_mtp, split_hub_options
+from pipo.model.drafter import Drafter
 from pipo.model.files import find_checkpoint, write_checkpoint
 from pipo.model.modeling import PipoOutput
 from pipo.model.mtp import MtpBlock
 from pipo.pairing import IGNORE_INDEX
 
 
-class BaseForCausalLM(nn.Module):
+class BaseForCausalLM(Drafter, nn.Module):
     """A regular decoder and head, and its MTP block where it has one (`mtp` is None otherwise)."""
 
     def __init__(self, causal_lm: Any, mtp: bool = True) -> None:
@@ -84,42 +83,6 @@ class BaseForCausalLM(nn.Module):
     def device(self) -> torch.device:
         """Of the head's weights."""
         return cast(Tensor, self.lm_head.weight).device
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """`[...] → [..., H]`: embeddings of token ids."""
-        return self.backbone.embed(ids)
-
-    def run_backbone(
-        self,
-        inputs_BTH: Tensor,
-        position_ids_BT: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, LayerCall]:
-        """`h [B, T, H]` after the final norm, and how the template layer was called."""
-        return self.backbone.run(inputs_BTH, position_ids_BT, attention_mask, cache)
-
-    def run_mtp(self, next_ids_BT: Tensor, hidden_BTH: Tensor, call: LayerCall, cache: Cache | None = None) -> Tensor:
-        """`d [B, T, H]` from the token after each position and `h`.
-
-        Raises:
-            ConfigError: this model has no MTP block.
-        """
-        if self.mtp is None:
-            raise ConfigError("this base model has no MTP block (no mtp.* tensors), so it can't draft")
-        return cast(Tensor, self.mtp(self.embed(next_ids_BT), hidden_BTH, call, cache))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
-        return self.backbone.scale_logits(self.lm_head(hidden))
-
-    def sampling_logits(self, hidden_BH: Tensor) -> Tensor:
-        """`[B, H] → [B, V]`: logits to draw from, float32. See :meth:`pipo.model.backbone.Backbone.sampling_logits`."""
-        return self.backbone.sampling_logits(self.lm_head, hidden_BH)
-
-    def output_map(self) -> OutputMap:
-        """The same map as plain data, for the losses. See :meth:`pipo.model.backbone.Backbone.output_map`."""
-        return self.backbone.output_map(self.lm_head)
 
     def forward(
         self,

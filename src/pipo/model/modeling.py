@@ -15,17 +15,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from pipo.errors import PairingError
 from pipo.losses.confidence import confidence_loss
-from pipo.losses.head import OutputMap
 from pipo.losses.token import cross_entropy
-from pipo.model.backbone import Backbone, LayerCall, build_causal_lm
+from pipo.model.backbone import Backbone, build_causal_lm
 from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
 from pipo.model.config import PipoConfig
+from pipo.model.drafter import Drafter
 from pipo.model.mtp import MtpBlock
 from pipo.pairing import IGNORE_INDEX, MTP_INPUTS, TOKEN1_LABELS, TOKEN2_LABELS, pair_mask
 
@@ -49,7 +48,7 @@ class PipoOutput(ModelOutput):
     mtp_logits: Tensor | None = None
 
 
-class PipoForCausalLM(PreTrainedModel):
+class PipoForCausalLM(Drafter, PreTrainedModel):
     """A PIPO model around any supported decoder. Weights: `model.*`, `lm_head`, `compressor`, `mtp`, `confidence_head`."""
 
     config_class = PipoConfig
@@ -104,7 +103,7 @@ class PipoForCausalLM(PreTrainedModel):
         nn.init.normal_(self.confidence_head.fc1.weight, std=std)
         nn.init.normal_(self.confidence_head.fc2.weight, std=std)
 
-    # --- the pieces, each used by the forward, the engine and the reference alike
+    # --- the pieces that only a PIPO model has; `Drafter` has the others
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of token ids, shared by compressor and MTP block."""
@@ -118,39 +117,9 @@ class PipoForCausalLM(PreTrainedModel):
         """The head, shared by backbone and MTP block."""
         return cast(nn.Module, self.lm_head)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """`[...] → [..., H]`: embeddings of token ids."""
-        return self.backbone.embed(ids)
-
     def compress(self, slots_BT: Tensor) -> Tensor:
         """`[B, T] → [B, L, H]`: latents of pairs of slot ids (eq. 1)."""
         return cast(Tensor, self.compressor(self.embed(slots_BT)))
-
-    def run_backbone(
-        self,
-        latents_BLH: Tensor,
-        position_ids_BL: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, LayerCall]:
-        """`h [B, L, H]` after the final norm (eq. 2), and how the template layer was called, for :meth:`run_mtp`."""
-        return self.backbone.run(latents_BLH, position_ids_BL, attention_mask, cache)
-
-    def run_mtp(self, token1_BL: Tensor, hidden_BLH: Tensor, call: LayerCall, cache: Cache | None = None) -> Tensor:
-        """`d [B, L, H]` from the token 1 that follows each pair and the backbone's `h` (eq. 3)."""
-        return cast(Tensor, self.mtp(self.embed(token1_BL), hidden_BLH, call, cache))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """`[..., H] → [..., V]`: logits, with the family's logit scale or soft cap."""
-        return self.backbone.scale_logits(self.lm_head(hidden))
-
-    def sampling_logits(self, hidden_BH: Tensor) -> Tensor:
-        """`[B, H] → [B, V]`: logits to draw from, float32. See :meth:`pipo.model.backbone.Backbone.sampling_logits`."""
-        return self.backbone.sampling_logits(self.lm_head, hidden_BH)
-
-    def output_map(self) -> OutputMap:
-        """The same map as plain data, for the losses. See :meth:`pipo.model.backbone.Backbone.output_map`."""
-        return self.backbone.output_map(self.lm_head)
 
     def confidence(self, hidden_BLH: Tensor, mtp_hidden_BLH: Tensor) -> Tensor:
         """Confidence of each draft in [0, 1], float32 `[B, L]` (eq. 4)."""

@@ -7,39 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pipo.model.backbone import Backbone, LayerCall
+from pipo.model.backbone import LayerCall
+from pipo.model.drafter import Drafter
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.row_state import States, prefill_cache, prefill_states
 from pipo.pairing import MTP_INPUTS
-
-
-class Drafter(Protocol):
-    """A backbone, a head and an MTP block: what `PipoForCausalLM` and `BaseForCausalLM` have in common."""
-
-    backbone: Backbone
-
-    def run_backbone(
-        self,
-        latents_BLH: Tensor,
-        position_ids_BL: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        cache: Cache | None = None,
-        /,
-    ) -> tuple[Tensor, LayerCall]: ...
-
-    def run_mtp(
-        self, token1_BL: Tensor, hidden_BLH: Tensor, call: LayerCall, cache: Cache | None = None, /
-    ) -> Tensor: ...
-
-    def sampling_logits(self, hidden_BH: Tensor, /) -> Tensor: ...
-
-    def embed(self, ids: Tensor) -> Tensor: ...
 
 
 @dataclass
