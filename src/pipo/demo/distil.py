@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipo.demo.batches import slot_batch, stack
 from pipo.demo.tokenizer import END_ID, PAD_ID
 from pipo.engine.llm import LLM
 from pipo.engine.request import RequestOutput, SamplingParams
-from pipo.losses.confidence import confidence_loss
+from pipo.losses import LocalTeacher, confidence_loss, full
 from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
 from pipo.pairing import IGNORE_INDEX, TOKEN1_LABELS, TOKEN2_LABELS, Slots, teacher_positions_of_steps, teacher_tokens
@@ -85,39 +84,26 @@ def distil_losses(student: PipoForCausalLM, teacher: BaseForCausalLM, rows: list
     """Full-vocabulary reverse KL of both heads against the teacher, and BCE of the gate against `1 − TV`."""
     ids_BT, labels_BT = slot_batch(rows)
     output = student(input_ids=ids_BT)
-    teacher1_BLV, teacher2_BLV = _teacher_log_probs(teacher, rows, ids_BT.shape[1] // 2 - 1)
-    kept1, kept2 = (labels_BT[:, steps] != IGNORE_INDEX for steps in (TOKEN1_LABELS, TOKEN2_LABELS))
-    backbone = reverse_kl(student.head(output.backbone_hidden[:, :-1][kept1]), teacher1_BLV[kept1])
-    mtp_logits_NV = student.head(output.mtp_hidden[kept2])
-    mtp = reverse_kl(mtp_logits_NV, teacher2_BLV[kept2])
-    agreement_N = overlap(mtp_logits_NV.detach(), teacher2_BLV[kept2])
-    confidence = confidence_loss(output.confidence_logits[kept2], agreement_N)
-    return DistilLosses(backbone + mtp + confidence, backbone, mtp, confidence, agreement_N.mean())
-
-
-def reverse_kl(student_logits_NV: Tensor, teacher_log_probs_NV: Tensor) -> Tensor:
-    """Mean of `Σ_v p_s (log p_s − log p_t)` over the positions, float32; zero where there are none."""
-    log_probs_NV = F.log_softmax(student_logits_NV.float(), dim=-1)
-    divergence_N = (log_probs_NV.exp() * (log_probs_NV - teacher_log_probs_NV)).sum(-1)
-    return divergence_N.sum() / max(divergence_N.numel(), 1)
-
-
-def overlap(student_logits_NV: Tensor, teacher_log_probs_NV: Tensor) -> Tensor:
-    """`Σ_v min(p_s, p_t) = 1 − TV` `[N]`: how likely speculative sampling would accept the student's draft."""
-    return torch.minimum(F.softmax(student_logits_NV.float(), dim=-1), teacher_log_probs_NV.exp()).sum(-1)
+    head = student.output_map()
+    teacher1, teacher2 = _teachers(teacher, rows, num_steps=ids_BT.shape[1] // 2 - 1)
+    backbone = full(output.backbone_hidden[:, :-1], head, labels_BT[:, TOKEN1_LABELS], teacher1)
+    mtp = full(output.mtp_hidden, head, labels_BT[:, TOKEN2_LABELS], teacher2)
+    agreement_N = mtp.confidence_target
+    confidence = confidence_loss(output.confidence_logits[mtp.supervised], agreement_N)
+    loss = backbone.mean + mtp.mean + confidence
+    return DistilLosses(loss, backbone.mean, mtp.mean, confidence, agreement_N.mean())
 
 
 @torch.no_grad()
-def _teacher_log_probs(teacher: BaseForCausalLM, rows: list[Slots], num_steps: int) -> tuple[Tensor, Tensor]:
-    """The teacher's log-probabilities `[B, L-1, V]` for what each backbone step and each MTP step predicts."""
+def _teachers(teacher: BaseForCausalLM, rows: list[Slots], num_steps: int) -> tuple[LocalTeacher, LocalTeacher]:
+    """The teacher on the rollouts' text, and where to read it for each backbone step and each MTP step."""
     tokens = [teacher_tokens(row) for row in rows]
     hidden_BTH = teacher(input_ids=stack(tokens, tokens).ids).backbone_hidden
-    log_probs_BTV = F.log_softmax(teacher.head(hidden_BTH).float(), dim=-1)
     found = []
     for which in (0, 1):
         positions_BL = torch.zeros(len(rows), num_steps, dtype=torch.long)
         for index, row in enumerate(rows):
             positions = teacher_positions_of_steps(row.filler)[which]
-            positions_BL[index, : len(positions)] = torch.tensor(positions)
-        found.append(log_probs_BTV.gather(1, positions_BL[:, :, None].expand(-1, -1, log_probs_BTV.shape[-1])))
+            positions_BL[index, : len(positions)] = index * hidden_BTH.shape[1] + torch.tensor(positions)
+        found.append(LocalTeacher(hidden_BTH, teacher.output_map(), positions_BL))
     return found[0], found[1]
