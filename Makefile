@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint types docs clean
+.PHONY: demo test test-clients test-load lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
@@ -21,6 +21,16 @@ demo: $(CORE)
 # Tiny models: more threads only wait for each other.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Clients that others wrote, each in an environment of its own, against a real `pipo serve`.
+CLIENTS := $(foreach name,openai2 openai3 schemathesis,.venvs/$(name)/.installed)
+
+test-clients: $(DEV) $(CLIENTS)
+	$(BIN)/python tests/clients/run.py $(ARGS)
+
+# A load generator, for time to first token and per token. Its environment takes 1.2 GB.
+test-load: $(DEV) .venvs/load/.installed
+	$(BIN)/python tests/clients/run.py evalscope
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -48,5 +58,11 @@ $(DEV): $(CORE)
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venvs/%/.installed: tests/clients/%.txt | $(BIN)/python
+	@echo "Installing into .venvs/$*"
+	$(BIN)/python -m venv --clear .venvs/$*
+	.venvs/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venvs .mypy_cache .pytest_cache .ruff_cache .hypothesis

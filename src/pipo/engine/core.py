@@ -104,8 +104,9 @@ class Engine:
             needed = self.runner.num_positions(sequence) + self.runner.positions_per_step()
             if needed > self.max_model_len:
                 raise ContextLengthError(
-                    f"the prompt of {len(sequence.prompt_ids)} tokens leaves no room to generate: it and one step take "
-                    f"{needed} positions, the context has {self.max_model_len}"
+                    # Clients look for these first words; some know the error by nothing else.
+                    f"this model's maximum context length is {self.max_model_len} positions; the prompt of {len(sequence.prompt_ids)} "
+                    f"tokens and one step take {needed}, which leaves no room to generate"
                 )
 
     def abort(self, request_id: int) -> None:
