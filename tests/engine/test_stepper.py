@@ -12,7 +12,7 @@ import pytest
 
 from families import pipo_model
 from pipo import LLM, SamplingParams
-from pipo.errors import ContextLengthError
+from pipo.errors import ConfigError, ContextLengthError
 
 PARAMS = SamplingParams(temperature=0, threshold=0.0, max_tokens=40, ignore_eos=True)
 
@@ -98,6 +98,27 @@ def test_a_step_that_fails_reaches_every_caller_and_the_next_is_served(llm: LLM,
     assert all(len(result[0].token_ids) == 40 for result in asyncio.run(run()))
 
 
+def test_the_thread_ends_when_there_is_nothing_to_do_and_comes_back(llm: LLM, monkeypatch: Any) -> None:
+    monkeypatch.setattr("pipo.engine.stepper.LINGER_S", 0.05)
+    for _ in range(2):
+        assert len(asyncio.run(llm.agenerate(prompt(5), PARAMS))[0].token_ids) == 40
+        until = time.perf_counter() + 10
+        while llm._stepper._thread is not None:
+            assert time.perf_counter() < until
+            time.sleep(0.01)
+
+
+def test_a_smaller_budget_shortens_the_context() -> None:
+    engine = LLM(pipo_model("qwen3"), cache_budget_bytes=2**22).engine
+    before = engine.max_model_len
+    engine.shrink(2**20)
+    assert engine.budget.total_bytes == 2**20
+    assert engine.budget.max_length() == engine.max_model_len < before
+    assert not engine.runner.cache.fits(1, before)
+    with pytest.raises(ConfigError, match="hold no request"):
+        engine.shrink(1)
+
+
 def test_a_prompt_too_long_is_told_apart(llm: LLM) -> None:
     with pytest.raises(ContextLengthError, match="leaves no room"):
         llm.prepare(prompt(*[5] * 9000), PARAMS)
@@ -119,7 +140,6 @@ def test_cached_tokens_are_the_prompts_own() -> None:
 
 def wait_until_idle(llm: LLM) -> None:
     until = time.perf_counter() + 5
-    while llm.engine.has_work or llm._stepper._thread is not None:
+    while llm.engine.has_work or llm._stepper._inbox or llm._stepper._subscriptions:
         assert time.perf_counter() < until, "the engine is still at work"
         time.sleep(0.01)
-    assert not llm._stepper._subscriptions

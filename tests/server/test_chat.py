@@ -11,7 +11,9 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from pipo import LLM, SamplingParams
-from server_client import ok, post, stream
+from pipo.server.app import create_app
+from pipo.server.settings import ServerSettings
+from server_client import client_of, ok, post, stream
 
 MEDIAN = 0.474
 """About half of this model's drafts reach it."""
@@ -155,6 +157,22 @@ def test_a_later_turn_is_not_prefilled_again(client: httpx2.AsyncClient) -> None
     second = ok(post(client, {**ASK, "messages": messages}))
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= first["usage"]["prompt_tokens"] - 2
+
+
+def test_turns_are_the_same_with_and_without_the_prefix_cache(llm: LLM) -> None:
+    said: list[list[str]] = []
+    for cache_bytes in (0, 2**22):
+        fresh = LLM(llm.model, tokenizer=llm.tokenizer, prefix_cache_bytes=cache_bytes, remember_pairs=2**16)
+        client = client_of(create_app(fresh, ServerSettings()))
+        messages, cached = [{"role": "system", "content": "Be brief."}], 0
+        for turn in range(4):
+            messages.append({"role": "user", "content": f"Turn {turn}"})
+            body = ok(post(client, {**ASK, "messages": messages}))
+            messages.append(body["choices"][0]["message"])
+            cached += body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        said.append([str(message["content"]) for message in messages])
+        assert bool(cached) == bool(cache_bytes)
+    assert said[0] == said[1]
 
 
 # --- reasoning, tools, formats ------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
+
 from pipo import LLM
 from pipo.server.app import create_app
 from pipo.server.lifecycle import Process, configure, listen
@@ -16,9 +18,14 @@ from pipo.server.settings import ServerSettings
 from server_process import raw
 
 
-def request_of(ask: dict[str, Any]) -> bytes:
+def request_of(ask: dict[str, Any], connection: str = "close") -> bytes:
     body = json.dumps(ask).encode()
-    fields = ("Host: localhost", "Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    fields = (
+        "Host: localhost",
+        f"Connection: {connection}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
     return "\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "", ""]).encode() + body
 
 
@@ -55,7 +62,8 @@ def test_a_head_that_never_ends_is_cut_off(llm: LLM) -> None:
     with_server(llm, ServerSettings(port=0, header_timeout_s=0.3), use)
 
 
-def test_a_client_that_never_reads_is_cut_off_and_holds_nothing(llm: LLM) -> None:
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_a_client_that_never_reads_is_cut_off_and_holds_nothing(llm: LLM, connection: str) -> None:
     """Its events stop where the socket's buffers are full; the time limit ends it, and the connection with it."""
     ask = {"model": "pipo", "prompt": "x", "stream": True, "max_tokens": 4000, "ignore_eos": True, "logprobs": 20}
 
@@ -63,7 +71,7 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_nothing(llm: LLM) -> Non
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", port))
-        client.sendall(request_of(ask))
+        client.sendall(request_of(ask, connection))
         started = time.perf_counter()
         while not llm.engine.has_work:
             await asyncio.sleep(0.01)
@@ -72,7 +80,7 @@ def test_a_client_that_never_reads_is_cut_off_and_holds_nothing(llm: LLM) -> Non
             assert time.perf_counter() - started < 10, "the connection is still there"
         client.close()
 
-    with_server(llm, ServerSettings(port=0, request_timeout_s=1.0), use)
+    with_server(llm, ServerSettings(port=0, request_timeout_s=1.0, body_timeout_s=0.5, drain_timeout_s=1.0), use)
 
 
 def test_a_client_that_reads_slowly_gets_all(llm: LLM) -> None:

@@ -90,6 +90,9 @@ def serve(
         if regular_model is not None:
             beside = {**engine, "method": REGULAR_METHOD, "subfolder": None}
             models[settings.regular_name] = open_engine(regular_model, beside)
+            if engine["cache_budget_bytes"] is None:  # each took the free memory for its own
+                for llm in models.values():
+                    llm.engine.shrink(llm.engine.budget.total_bytes // 2)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app = create_app(models, settings)
     _welcome(_url(host, listener.getsockname()[1]), settings.model_name, api_key is not None)

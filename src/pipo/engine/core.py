@@ -83,6 +83,18 @@ class Engine:
         self.on_finish: Callable[[Sequence], None] | None = None
         """Called with every sample that has ended, before its listener."""
 
+    def shrink(self, total_bytes: int) -> None:
+        """Leave memory to others: hold the cache, and so the context, to less than before.
+
+        Raises:
+            ConfigError: no request would fit.
+        """
+        budget = replace(self.budget, total_bytes=min(total_bytes, self.budget.total_bytes))
+        if budget.max_length() < 2:
+            raise ConfigError(f"the cache's {total_bytes} bytes hold no request; give it more")
+        self.budget, self.max_model_len = budget, min(self.max_model_len, budget.max_length())
+        self.runner.cache.fits = budget.fits
+
     # --- requests
 
     def add(self, samples: Iterable[Sequence], listener: Listener | None = None) -> None:

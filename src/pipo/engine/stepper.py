@@ -18,6 +18,8 @@ from pipo.engine.core import Engine
 from pipo.engine.request import StreamEvent
 from pipo.engine.sequence import Sequence, StepText
 
+LINGER_S = 5.0
+"""How long the thread waits for more work: a new one costs its first request a new pool of compute threads."""
 Letter = tuple[int, StreamEvent]
 """The number of the request among its caller's, and what happened."""
 
@@ -38,7 +40,7 @@ class Stepper:
         self._engine = engine
         self._lock = lock
         self._inbox: deque[Callable[[], None]] = deque()
-        self._guard = threading.Lock()  # of _thread: a thread that ends and a caller that starts one
+        self._guard = threading.Condition()  # of _inbox and _thread: a thread that ends and a caller that starts one
         self._thread: threading.Thread | None = None
         self._subscriptions: dict[int, Subscription] = {}
         self._mail: dict[asyncio.AbstractEventLoop, list[tuple[Subscription, Letter]]] = {}
@@ -54,6 +56,7 @@ class Stepper:
     def _ask(self, command: Callable[[], None]) -> None:
         with self._guard:
             self._inbox.append(command)
+            self._guard.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="pipo-engine", daemon=True)
                 self._thread.start()
@@ -78,13 +81,13 @@ class Stepper:
         self._subscriptions.pop(id(subscription), None)
 
     def _work(self) -> None:
-        """Until there is nothing to do; a later request starts a new thread."""
+        """Until there is nothing to do for a while; a later request starts a new thread."""
         while True:
             with self._lock:
                 self._turn()
             self._deliver()
             with self._guard:
-                if not self._inbox and not self._engine.has_work:
+                if not self._engine.has_work and not self._guard.wait_for(lambda: self._inbox, LINGER_S):
                     self._thread = None
                     return
             time.sleep(0)  # let others that wait for the lock in

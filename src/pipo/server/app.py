@@ -204,6 +204,9 @@ def create_app(models: LLM | Mapping[str, LLM], settings: ServerSettings) -> Fas
     named = {settings.model_name: models} if isinstance(models, LLM) else dict(models)
     if settings.model_name not in named:
         raise ConfigError(f"models must hold {settings.model_name!r}, got {sorted(named)}")
+    for llm in named.values():
+        if llm.tokenizer is not None:  # its first call changes its settings, which threads must not do at once
+            encode_text(llm.tokenizer, "")
     server = Server(named, settings)
     app = FastAPI(title="PIPO", version=pipo.__version__, docs_url=None, redoc_url=None)
     _add_routes(app, server)

@@ -21,10 +21,15 @@ BACKLOG = 2048
 
 
 class Connection(H11Protocol):
-    """A connection whose requests' heads must arrive in time, and which the application can cut (scope extension `pipo.cut`)."""
+    """A connection whose requests' heads must arrive in time, and whose responses must be taken in time.
+
+    The application can cut it (scope extension `pipo.cut`).
+    """
 
     header_timeout_s = 10.0
+    flush_timeout_s = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _flush: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock for the first head."""
@@ -32,8 +37,10 @@ class Connection(H11Protocol):
         self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_clock()
+        if self._flush is not None:
+            self._flush.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -46,6 +53,17 @@ class Connection(H11Protocol):
         if self.scope is not None:  # its request has not begun to run yet
             extensions = cast("dict[str, Any]", self.scope.setdefault("extensions", {}))
             extensions["pipo.cut"] = self.transport.abort
+
+    def on_response_complete(self) -> None:
+        """The end of a response that nobody reads would stay here for ever: closing waits for it."""
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size() and self._flush is None:
+            self._flush = self.loop.call_later(self.flush_timeout_s, self._check_flushed)
+
+    def _check_flushed(self) -> None:
+        self._flush = None
+        if self.transport.get_write_buffer_size() and self.cycle.response_complete:
+            self.transport.abort()
 
     def _start_clock(self) -> None:
         self._deadline = self.loop.call_later(self.header_timeout_s, self._cut)
@@ -93,7 +111,7 @@ def configure(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     """uvicorn's side of the settings."""
     return uvicorn.Config(
         app,
-        http=type("TimedConnection", (Connection,), {"header_timeout_s": settings.header_timeout_s}),
+        http=type("TimedConnection", (Connection,), _limits(settings)),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -101,6 +119,10 @@ def configure(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
+
+
+def _limits(settings: ServerSettings) -> dict[str, float]:
+    return {"header_timeout_s": settings.header_timeout_s, "flush_timeout_s": settings.body_timeout_s}
 
 
 def serve_app(app: FastAPI, settings: ServerSettings, listener: socket.socket) -> None:

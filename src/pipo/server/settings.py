@@ -36,7 +36,7 @@ class ServerSettings:
     header_timeout_s: float = 10.0
     """Seconds in which a request's head must arrive."""
     body_timeout_s: float = 30.0
-    """Seconds in which a request's body must arrive."""
+    """Seconds in which a request's body must arrive, and the end of a response that is complete be taken."""
     request_timeout_s: float = 600.0
     """Seconds for the whole of a request, its wait in the queue and the client's reading included."""
     drain_timeout_s: float = 60.0
