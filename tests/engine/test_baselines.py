@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from families import EOS, VOCAB, base_model, config_of
 from pipo import LLM, BaseForCausalLM, PipoForCausalLM, SamplingParams
+from pipo.engine import baselines
 from pipo.errors import CheckpointError, ConfigError, RequestError
 
 PROMPTS = [[7], [5, 9, 40], list(range(3, 40)), [3 + (i * 7) % 150 for i in range(20)]]
@@ -160,3 +162,26 @@ def test_baselines_and_checkpoints_must_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no mtp\.\* tensors"):
         LLM(bare, method="speculative")
     assert LLM(tmp_path / "base", method="mtp", device="cpu").vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("method", ["regular", "mtp", "speculative"])
+def test_a_step_cut_off_midway_costs_nobody_a_token(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = agreeable_model("qwen3_5")
+    settings = greedy(logit_bias=dict.fromkeys(BIAS, 20.0))
+    expected = [o.token_ids for o in LLM(model, method=method).generate(prompts(), settings)]
+    original, calls = baselines.fetch, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (2, 9):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(baselines, "fetch", interrupted)
+    llm = LLM(model, method=method)
+    samples = [llm.prepare(p, settings)[0] for p in prompts()]
+    llm.engine.add(samples)
+    while llm.engine.has_work:
+        with contextlib.suppress(KeyboardInterrupt):
+            llm.engine.step()
+    assert [s.token_ids for s in samples] == expected

@@ -7,9 +7,11 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
-from families import FAMILIES, pipo_model
+from families import FAMILIES, VOCAB, pipo_model
 from pipo import LLM, SamplingParams
+from pipo.engine import runner
 from pipo.engine.prefix import PairMemory
 from pipo.pairing import Pair, tokens_from_pairs
 
@@ -126,3 +128,78 @@ def test_pair_memory_packs_as_remembered_and_forgets_the_oldest() -> None:
     assert memory.pack([1, 2, 3, 4, 5]) == [Pair(1, 2), Pair(3, 4), Pair(5, None)]
     memory.remember([Pair(20, None)], [Pair(i, None) for i in range(30, 38)])
     assert memory.pack([1, 2, 3, 4, 5, 6, 7]) == [Pair(1, 2), Pair(3, 4), Pair(5, 6), Pair(7, None)]
+
+
+class _FailsAfter:
+    """A grammar that lets a few steps through and then allows nothing."""
+
+    def __init__(self, steps: int) -> None:
+        self.left, self.failed, self.complete = steps, False, False
+
+    def allowed(self) -> torch.Tensor:
+        self.left -= 1
+        self.failed = self.left < 0
+        return torch.ones(VOCAB, dtype=torch.bool)
+
+    def allowed_after(self, token: int) -> torch.Tensor:
+        return torch.ones(VOCAB, dtype=torch.bool)
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+def test_a_sample_that_fails_leaves_nothing_wrong_behind(family: str) -> None:
+    """Fails when the states of a step that did not count are kept under the positions before it."""
+    model = pipo_model(family)
+    llm = LLM(model, prefix_cache_bytes=64 * MEBIBYTE)
+    (sample,) = llm.prepare(prompt(list(range(5, 30))), dataclasses.replace(PARAMS, threshold=0.0))
+    sample.constraint = _FailsAfter(4)  # type: ignore[assignment]
+    llm.engine.add([sample])
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert sample.finish_reason == "error"
+    goes_on = [*range(5, 30), *sample.token_ids[1:], 33, 34]
+    for ids in (goes_on, [*list(range(5, 30)), *sample.token_ids, 33, 34]):
+        packed = LLM(model)
+        samples = llm.prepare(prompt(ids), PARAMS)
+        again = packed.prepare(prompt(ids), PARAMS)
+        pairs = [*sample.prompt_pairs, *sample.pairs, Pair(33, 34)]
+        samples[0].prompt_pairs = again[0].prompt_pairs = pairs
+        for engine, (one,) in ((llm.engine, samples), (packed.engine, again)):
+            engine.add([one])
+            while engine.has_work:
+                engine.step()
+        assert samples[0].token_ids == again[0].token_ids
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
+@pytest.mark.parametrize("where", ["write_pair", "fetch"])
+def test_a_step_cut_off_midway_costs_nobody_a_token(family: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C inside a step: who goes on, and who comes later to the same prefix, gets what it would have got."""
+    model = pipo_model(family)
+    prompts = [prompt([5, 9, 40]), prompt(list(range(5, 30)))]
+    params = dataclasses.replace(PARAMS, temperature=1.0, seed=3)
+    expected = [LLM(model).generate(p, params)[0].token_ids for p in prompts]
+    original, calls = getattr(runner, where), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (1, 4, 5):  # in a prefill, and in two decoding steps
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(runner, where, interrupted)
+    llm = LLM(model, prefix_cache_bytes=64 * MEBIBYTE)
+    samples = [llm.prepare(p, params)[0] for p in prompts]
+    llm.engine.add(samples)
+    num_interrupts = 0
+    while llm.engine.has_work:
+        try:
+            llm.engine.step()
+        except KeyboardInterrupt:
+            num_interrupts += 1
+    assert num_interrupts == 3
+    assert [s.token_ids for s in samples] == expected
+    assert [llm.generate(p, params)[0].token_ids for p in prompts] == expected
+    assert llm.engine.runner.cache.num_rows == 0

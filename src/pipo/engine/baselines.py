@@ -88,6 +88,11 @@ class BaseRunner:
         """The baselines keep no prefixes."""
         return False
 
+    def reset(self) -> None:
+        """Free all rows."""
+        self.cache.clear()
+        self.sampling.invalidate()
+
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free a row."""
         self.cache.remove(row)
@@ -185,8 +190,17 @@ class SpeculativeRunner(BaseRunner):
 
     def __init__(self, model: BaseForCausalLM) -> None:
         super().__init__(model)
-        self._draft_B = torch.zeros(0, dtype=torch.long, device=model.device)
-        self._draft_probabilities_BV = torch.zeros(0, int(model.config.vocab_size), device=model.device)
+        self._forget_drafts()
+
+    def _forget_drafts(self) -> None:
+        device = self.model.device
+        self._draft_B = torch.zeros(0, dtype=torch.long, device=device)
+        self._draft_probabilities_BV = torch.zeros(0, int(self.model.config.vocab_size), device=device)
+
+    def reset(self) -> None:
+        """Free all rows and their pending drafts."""
+        super().reset()
+        self._forget_drafts()
 
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free a row and its pending draft."""

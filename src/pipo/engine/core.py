@@ -141,18 +141,33 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Prefill what can be admitted, else decode every running sample once."""
+        """Prefill what can be admitted, else decode every running sample once.
+
+        A step that is cut off, by Ctrl-C or a failure, costs nobody a token: what it left half done is thrown away.
+        """
         admitted = self._admit()
-        if admitted:
-            for group in self._prefill_groups(admitted):
-                first_row = len(self.running)
-                steps = self.runner.prefill(group)
-                self.running.extend(group)
-                self._take(first_row, steps)
-            return
-        self._make_room()
-        if self.running:
-            self._take(0, self.runner.decode(self.running))
+        try:
+            if admitted:
+                for group in self._prefill_groups(admitted):
+                    first_row = len(self.running)
+                    steps = self.runner.prefill(group)
+                    self.running.extend(group)
+                    self._take(first_row, steps)
+                return
+            self._make_room()
+            if self.running:
+                self._take(0, self.runner.decode(self.running))
+        except BaseException:
+            self._start_over(admitted)
+            raise
+
+    def _start_over(self, admitted: list[Sequence]) -> None:
+        """Empty the cache and queue every sample again, ahead of those that wait: prefilled with what it has written."""
+        self.runner.reset()
+        known = {id(sequence) for sequence in [*self.running, *self.waiting]}
+        again = self.running + [sequence for sequence in admitted if id(sequence) not in known]
+        self.running = []
+        self.waiting.extendleft(reversed([sequence for sequence in again if not sequence.finished]))
 
     def _admit(self) -> list[Sequence]:
         """Take samples off the queue, in order, while they fit beside the running ones."""
@@ -211,8 +226,9 @@ class Engine:
             step = steps[row - first_row]
             error = _error_of(sequence, step)
             if error is not None:
-                self._leave(row)
-                told.append((sequence, StepText(sequence.end("error", error), len(sequence.token_ids), None)))
+                text = StepText(sequence.end("error", error), len(sequence.token_ids), None)
+                self._leave(row)  # after it has ended: the cache is a step ahead of its tokens, and must not be kept
+                told.append((sequence, text))
                 continue
             text = sequence.take(step)
             used = self.runner.num_positions(sequence)

@@ -58,6 +58,9 @@ class Runner(Protocol):
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free the sample's row; the last row takes its place."""
 
+    def reset(self) -> None:
+        """Free all rows, whatever state a step left them in."""
+
 
 class RowSampling:
     """The sampling state of the running rows, built anew when rows join or leave and carried along otherwise."""
@@ -153,7 +156,7 @@ class PipoRunner:
         for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True), first_row):
             if not sequence.pairs:  # the prefill after a preemption finds the sample's own cache
                 sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefilled.offset]))
-            if not shared or row == first_row:
+            if step.finite and (not shared or row == first_row):
                 self._store(row, sequence, _pairs(sequence), step.token1, snapshots)
         return steps
 
@@ -191,6 +194,11 @@ class PipoRunner:
         result = write_pair(self.model, hidden_BH, self.sampling.rows(sequences), run_mtp if drafting else None)
         self.cache.advance()
         return steps_of(fetch(result), sequences)
+
+    def reset(self) -> None:
+        """Free all rows; nothing of them is kept."""
+        self.cache.clear()
+        self.sampling.invalidate()
 
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free a row; the prefix cache keeps what it held."""

@@ -257,9 +257,13 @@ class RowCache(Cache):
         self.lengths.pop()
         self.num_rows = last
         if not last:
-            for layer in self.layers:
-                layer.release()
-            self.capacity = (0, 0)
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows and give their memory back."""
+        self.num_rows, self.lengths, self.capacity = 0, [], (0, 0)
+        for layer in self.layers:
+            layer.release()
 
     def _reserve(self, rows: int, length: int) -> None:
         """Room for `rows` rows of `length` entries: grows by half, shrinks when three quarters lie idle."""
