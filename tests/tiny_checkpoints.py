@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from byte_tokenizer import save_tokenizer
+from byte_tokenizer import byte_config, save_tokenizer
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\n"
@@ -21,7 +21,6 @@ def make_checkpoints(folder: Path, max_tokens: int = 8192) -> tuple[Path, Path]:
     """
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import Qwen3Config
 
     from pipo.model.base import BaseForCausalLM
     from pipo.model.files import copy_tokenizer
@@ -30,20 +29,7 @@ def make_checkpoints(folder: Path, max_tokens: int = 8192) -> tuple[Path, Path]:
     base, pipo = folder / "base", folder / "pipo"
     base.mkdir()
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=save_tokenizer(base),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=max_tokens,
-        tie_word_embeddings=True,
-        pad_token_id=256,
-        eos_token_id=258,
-        bos_token_id=None,
-    )
+    config = byte_config(vocab_size=save_tokenizer(base), max_position_embeddings=max_tokens)
     BaseForCausalLM.from_config(config).save_pretrained(base)
     PipoForCausalLM.from_base(base).save_pretrained(pipo)
     (base / "chat_template.jinja").write_text(TEMPLATE)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from byte_tokenizer import save_tokenizer
+from byte_tokenizer import byte_config, save_tokenizer
 from pipo.cli.main import app
 
 
@@ -26,7 +26,6 @@ def golden() -> Path:
 def base_folder(tmp_path_factory) -> Path:
     """A regular Qwen3 checkpoint with an MTP block."""
     import torch
-    from transformers import Qwen3Config
 
     from pipo.model.base import BaseForCausalLM
 
@@ -35,20 +34,7 @@ def base_folder(tmp_path_factory) -> Path:
     folder.mkdir()
     size = save_tokenizer(folder)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=256,
-        eos_token_id=258,
-        bos_token_id=None,
-    )
+    config = byte_config(vocab_size=size, max_position_embeddings=128)
     BaseForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

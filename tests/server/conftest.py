@@ -9,9 +9,8 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from transformers import Qwen3Config
 
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_config, byte_tokenizer
 from pipo import LLM, PipoConfig, PipoForCausalLM
 from pipo.server.app import create_app
 from pipo.server.settings import ServerSettings
@@ -29,20 +28,7 @@ def make_tokenizer(template: str | None = None) -> Any:
 
 
 def make_model() -> PipoForCausalLM:
-    config = Qwen3Config(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=256,
-        eos_token_id=258,
-        bos_token_id=None,
-    )
+    config = byte_config()
     torch.manual_seed(3)
     model = PipoForCausalLM(PipoConfig(config))
     for parameter in model.parameters():

@@ -15,7 +15,7 @@ import httpx2
 import pytest
 import torch
 
-from byte_tokenizer import save_tokenizer
+from byte_tokenizer import byte_config, save_tokenizer
 from pipo import PipoForCausalLM
 from server_client import events_of
 from server_process import Served, raw, served
@@ -39,24 +39,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: PipoForCausalLM) 
 
 @pytest.fixture(scope="module")
 def tiny() -> PipoForCausalLM:
-    from transformers import Qwen3Config
-
     from pipo import PipoConfig
 
-    config = Qwen3Config(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        pad_token_id=256,
-        eos_token_id=258,
-        bos_token_id=None,
-    )
+    config = byte_config(vocab_size=260, max_position_embeddings=4096, tie_word_embeddings=False)
     torch.manual_seed(5)
     model = PipoForCausalLM(PipoConfig(config))
     for parameter in model.parameters():
