@@ -1,25 +1,40 @@
 """Losses of PIPO training: pure functions of hidden states and a head. Sections 3.1 and 3.2 of the paper.
 
 `cross_entropy` for supervised fine-tuning; `full`, `topk` and `sampled` (or `divergence_loss` by name) against a teacher;
-`confidence_loss` for the gate. A head comes as an :class:`OutputMap`: `model.output_map()` gives a model's own.
+`confidence_loss` for the gate. `SupervisedObjective` and `DistilledObjective` put the terms of a training step together. A head
+comes as an :class:`OutputMap`: `model.output_map()` gives a model's own.
 """
 
 from pipo.losses.chunked import Positions
 from pipo.losses.confidence import confidence_loss
 from pipo.losses.divergence import Divergence, Mode, divergence_loss, full, sampled, topk
 from pipo.losses.head import LogitScale, OutputMap
+from pipo.losses.pair import (
+    DistilledObjective,
+    NumItems,
+    PairLosses,
+    PairObjective,
+    PairStates,
+    SupervisedObjective,
+)
 from pipo.losses.teacher import FullTeacher, LocalTeacher, ServedTeacher, Teacher
 from pipo.losses.token import TokenLoss, cross_entropy
 
 __all__ = [
+    "DistilledObjective",
     "Divergence",
     "FullTeacher",
     "LocalTeacher",
     "LogitScale",
     "Mode",
+    "NumItems",
     "OutputMap",
+    "PairLosses",
+    "PairObjective",
+    "PairStates",
     "Positions",
     "ServedTeacher",
+    "SupervisedObjective",
     "Teacher",
     "TokenLoss",
     "confidence_loss",

@@ -18,8 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pipo.errors import PairingError
-from pipo.losses.confidence import confidence_loss
-from pipo.losses.token import cross_entropy
+from pipo.losses.pair import PairObjective, PairStates, SupervisedObjective
 from pipo.model.backbone import Backbone, build_causal_lm
 from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
@@ -34,7 +33,8 @@ class PipoOutput(ModelOutput):
     """What a forward gives. Losses are float32 scalars, each a mean over its own supervised positions.
 
     `backbone_hidden [B, L, H]`: `h_i`, after the final norm. `mtp_hidden [B, L-1, H]`: `d_i` for steps that have a next pair.
-    `confidence_logits [B, L-1]`: float32, before the sigmoid. `logits [B, L, V]`, `mtp_logits [B, L-1, V]`: on request.
+    `confidence_logits [B, L-1]`: float32, before the sigmoid. `confidence [N]`, `confidence_target [N]`: what the gate said, and what
+    it should have said, at the supervised drafts. `logits [B, L, V]`, `mtp_logits [B, L-1, V]`: on request.
     """
 
     loss: Tensor | None = None
@@ -44,6 +44,8 @@ class PipoOutput(ModelOutput):
     backbone_hidden: Tensor | None = None
     mtp_hidden: Tensor | None = None
     confidence_logits: Tensor | None = None
+    confidence: Tensor | None = None
+    confidence_target: Tensor | None = None
     logits: Tensor | None = None
     mtp_logits: Tensor | None = None
 
@@ -132,6 +134,7 @@ class PipoForCausalLM(Drafter, PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        objective: PairObjective | None = None,
         return_logits: bool = False,
     ) -> PipoOutput:
         """One teacher-forced pass over slots.
@@ -140,6 +143,7 @@ class PipoForCausalLM(Drafter, PreTrainedModel):
             input_ids: `[B, T]` slot ids, `T` even, PAD in empty second slots.
             attention_mask: `[B, T]`, 0 for batch padding on either side; a pair is real when either slot is.
             labels: `[B, T]`, the id at each slot or −100; the step that predicts a slot is found by `pipo.pairing`.
+            objective: the losses to take where there are labels; by default :class:`pipo.losses.SupervisedObjective`.
             return_logits: also return both heads' logits, `[B, L, V]` and `[B, L-1, V]`. Large.
 
         Raises:
@@ -164,11 +168,12 @@ class PipoForCausalLM(Drafter, PreTrainedModel):
         if return_logits:
             output.logits, output.mtp_logits = self.head(hidden_BLH), self.head(mtp_hidden)
         if labels is not None:
-            self._add_losses(output, labels, mask_BL)
+            self._add_losses(output, labels, mask_BL, objective or SupervisedObjective())
         return output
 
-    def _add_losses(self, output: PipoOutput, labels_BT: Tensor, mask_BL: Tensor | None) -> None:
-        """The three terms of eq. 5 to 7, each a mean over its own supervised positions, and their sum."""
+    def _add_losses(
+        self, output: PipoOutput, labels_BT: Tensor, mask_BL: Tensor | None, objective: PairObjective
+    ) -> None:
         hidden_BLH, mtp_hidden_BLH, confidence_BL = output.backbone_hidden, output.mtp_hidden, output.confidence_logits
         assert hidden_BLH is not None
         assert mtp_hidden_BLH is not None
@@ -177,12 +182,11 @@ class PipoForCausalLM(Drafter, PreTrainedModel):
         if mask_BL is not None:  # left padding predicts nothing: a row's first pair has no step before it
             absent_BL = ~mask_BL[:, :-1].bool()
             labels1_BL, labels2_BL = (x.masked_fill(absent_BL, IGNORE_INDEX) for x in (labels1_BL, labels2_BL))
-        head = self.output_map()
-        token1 = cross_entropy(hidden_BLH[:, :-1], head, labels1_BL)
-        token2 = cross_entropy(mtp_hidden_BLH, head, labels2_BL)
-        output.backbone_loss, output.mtp_loss = token1.mean, token2.mean
-        output.confidence_loss = confidence_loss(confidence_BL[token2.supervised], token2.label_probability)
-        output.loss = output.backbone_loss + output.mtp_loss + output.confidence_loss
+        states = PairStates(hidden_BLH[:, :-1], mtp_hidden_BLH, confidence_BL, labels1_BL, labels2_BL)
+        losses = objective(self.output_map(), states)
+        output.loss, output.backbone_loss, output.mtp_loss = losses.loss, losses.backbone, losses.mtp
+        output.confidence_loss = losses.confidence_head
+        output.confidence, output.confidence_target = losses.confidence, losses.confidence_target
 
     # --- generation
 
