@@ -1,6 +1,7 @@
-"""The authors' LoRA adapter folders: `adapter_config.json`, `adapter_model.safetensors`, `additional_config.json`.
+"""LoRA adapter folders, in the authors' layout: `adapter_config.json`, `adapter_model.safetensors`, `additional_config.json`.
 
-An adapter is merged on load: `W += scale · B A`, and modules stored whole replace their starting weights.
+An adapter is merged on load: `W += scale · B A`, and modules stored whole replace their starting weights. Its base is a regular
+model (SFT) or a PIPO model (OPD of one that was tuned before).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from pipo.model.layout import module_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADDITIONAL_CONFIG = "additional_config.json"
 LORA = re.compile(r"(?P<module>.*)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # An adapter without these would leave them at their start: never taken for trained.
 ALWAYS_WHOLE = ("compressor.", "confidence_head.")
@@ -48,6 +50,8 @@ class Adapter:
     folder: Path
     base: str
     compressor_type: str
+    base_fingerprint: str | None = None
+    """Of the base that it was trained on, by `pipo.model.fingerprint`; the authors' adapters have none."""
     deltas: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
 
@@ -78,12 +82,11 @@ def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
     """
     config = read_json(folder / ADAPTER_CONFIG)
     _refuse_other_kinds(folder, config)
-    additional = folder / "additional_config.json"
-    compressor_type = read_json(additional).get("compressor_type", "linear") if additional.exists() else "linear"
+    additional = read_json(folder / ADDITIONAL_CONFIG) if (folder / ADDITIONAL_CONFIG).exists() else {}
     name = str(base) if base is not None else config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; pass base=")
-    adapter = Adapter(folder, name, compressor_type)
+    adapter = Adapter(folder, name, additional.get("compressor_type", "linear"), additional.get("base_fingerprint"))
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in WeightFiles(folder, ADAPTER_WEIGHTS).read():
         name = module_name(key.removeprefix("base_model.model.").replace(".modules_to_save.default", ""))
@@ -118,8 +121,18 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Merge an adapter into a freshly converted model, in place; products in float32.
+class Rounding(NamedTuple):
+    """What storing a merged model in its own dtype changed: the largest |stored − exact| over all merged weights, and where."""
+
+    largest: float
+    parameter: str
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, *, whole_needed: bool = True) -> Rounding:
+    """Merge an adapter into a freshly loaded base, in place; sums and products in float32, the result in the base's dtype.
+
+    Args:
+        whole_needed: compressor and confidence head must be in the adapter, because the base has none that are trained.
 
     Raises:
         CheckpointError: names every tensor that has no place, does not fit, or is missing.
@@ -127,7 +140,8 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
     parameters = dict(model.named_parameters())
     unexpected = [n for n in adapter.whole if n not in parameters]
     unexpected += [f"{m}.lora_A" for m in adapter.deltas if f"{m}.weight" not in parameters]
-    missing = [n for n in parameters if n.startswith(ALWAYS_WHOLE) and n not in adapter.whole]
+    needed = ALWAYS_WHOLE if whole_needed else ()
+    missing = [n for n in parameters if n.startswith(needed) and n not in adapter.whole]
     misshapen = [n for n, t in adapter.whole.items() if n in parameters and parameters[n].shape != t.shape]
     for module, (a, b, _) in adapter.deltas.items():
         target = parameters.get(f"{module}.weight")
@@ -135,9 +149,17 @@ def apply_adapter(model: nn.Module, adapter: Adapter) -> None:
             misshapen.append(f"{module} B {tuple(b.shape)} · A {tuple(a.shape)} should be {tuple(target.shape)}")
     if unexpected or missing or misshapen:
         raise key_error(adapter.folder, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    roundings: list[Rounding] = []
     with torch.no_grad():
         for name, tensor in adapter.whole.items():
-            parameters[name].copy_(tensor)
+            roundings.append(_store(name, parameters[name], tensor))
         for module, (a, b, scale) in adapter.deltas.items():
             weight = parameters[f"{module}.weight"]
-            weight.copy_((weight.float() + scale * (b.float() @ a.float())).to(weight.dtype))
+            exact = weight.float() + scale * (b.float() @ a.float())
+            roundings.append(_store(f"{module}.weight", weight, exact))
+    return max(roundings, key=lambda rounding: rounding.largest, default=Rounding(0.0, ""))
+
+
+def _store(name: str, parameter: Tensor, exact: Tensor) -> Rounding:
+    parameter.copy_(exact)
+    return Rounding(float((parameter.float() - exact.float()).abs().max()), name)

@@ -10,11 +10,12 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from pipo.errors import CheckpointError, ConfigError
-from pipo.model.adapter import apply_adapter, is_adapter, read_adapter
+from pipo.model.adapter import Adapter, Rounding, apply_adapter, is_adapter, read_adapter
 from pipo.model.backbone import build_causal_lm
 from pipo.model.config import PipoConfig, family_config, layout_of, reading_config
 from pipo.model.convert import as_dtype, pipo_from_base, split_hub_options
 from pipo.model.files import GENERATION_CONFIG, WeightFiles, find_checkpoint, read_json
+from pipo.model.fingerprint import base_fingerprint
 from pipo.model.layout import is_vision, load_strictly
 from pipo.model.modeling import PipoForCausalLM
 
@@ -101,16 +102,58 @@ def load_pipo(
     wanted = as_dtype(dtype if dtype is not None else torch_dtype)
     folder = find_checkpoint(path_or_id, subfolder, **options)
     if is_adapter(folder):
-        adapter = read_adapter(folder, base)
         options.pop("revision", None)  # the adapter's own, not its base model's
-        model = pipo_from_base(
-            adapter.base, adapter.compressor_type, dtype=wanted, attn_implementation=attn_implementation, **options
-        )
-        apply_adapter(model, adapter)
-        return model
+        return merge_adapter(folder, base, dtype=wanted, attention=attn_implementation, **options)[0]
     if base is not None:
         raise ConfigError(f"{folder} is a whole checkpoint, not an adapter: base={base} has no meaning for it")
     return _load_whole(folder, config or load_config(folder), wanted, attn_implementation)
+
+
+def merge_adapter(
+    folder: Path,
+    base: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    **hub: Any,
+) -> tuple[PipoForCausalLM, Rounding]:
+    """The model of an adapter folder merged into its base, and what the base's dtype rounds off.
+
+    The base may be a regular checkpoint, a PIPO one, or another adapter. `base` and `dtype` as in :func:`load_pipo`.
+
+    Raises:
+        CheckpointError: the base can't be had, is another one than the adapter was trained on, or does not fit it.
+    """
+    adapter = read_adapter(folder, base)
+    home = _find_base(adapter, **hub)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if is_pipo(home):
+        model = load_pipo(home, **options)
+        if model.config.compressor_type != adapter.compressor_type:
+            raise CheckpointError(
+                f"{folder} has a compressor of type {adapter.compressor_type}, its base {home} one of type "
+                f"{model.config.compressor_type}; name the base that it was trained on (base=, --base)"
+            )
+        return model, apply_adapter(model, adapter, whole_needed=False)
+    model = pipo_from_base(home, adapter.compressor_type, **options)
+    return model, apply_adapter(model, adapter)
+
+
+def _find_base(adapter: Adapter, **hub: Any) -> Path:
+    try:
+        home = find_checkpoint(adapter.base, **hub)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base of adapter {adapter.folder} can't be had: {error}. If it has moved, name its place (base=, --base)"
+        ) from error
+    if home.resolve() == adapter.folder.resolve():
+        raise CheckpointError(f"adapter {adapter.folder} names itself as its base; name the model it was trained on")
+    if adapter.base_fingerprint is not None and (found := base_fingerprint(home)) != adapter.base_fingerprint:
+        raise CheckpointError(
+            f"{home} is not the base that adapter {adapter.folder} was trained on: its weights have fingerprint {found[:16]}…, "
+            f"the adapter's base had {adapter.base_fingerprint[:16]}…; name the right one (base=, --base)"
+        )
+    return home
 
 
 def _load_whole(folder: Path, config: PipoConfig, dtype: torch.dtype | None, attention: str | None) -> PipoForCausalLM:

@@ -125,6 +125,11 @@ class WeightFiles:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} can't be read as safetensors: {error}") from error
 
+    @property
+    def paths(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted(set(self._file_of.values()))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
