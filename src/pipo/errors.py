@@ -3,6 +3,7 @@
     PipoError
     ├── PairingError            slots, labels or settings that break the rules of pairs
     ├── ConfigError             a setting has a value that it can't have
+    ├── DataError               rows, files or datasets that can't be read, or don't hold what they should
     ├── CheckpointError         a checkpoint can't be read, or its keys, shapes or values are wrong
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     └── RequestError            a generation request that can't be served as asked
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContextLengthError",
+    "DataError",
     "PairingError",
     "PipoError",
     "RequestError",
@@ -36,6 +38,10 @@ class PairingError(PipoError, ValueError):
 
 class ConfigError(PipoError, ValueError):
     """A setting has a value that it can't have; the message names the setting and the value."""
+
+
+class DataError(PipoError, ValueError):
+    """Rows, files or datasets can't be read, or don't hold what they should; the message names the file and the line."""
 
 
 class CheckpointError(PipoError, ValueError):

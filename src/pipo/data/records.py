@@ -1,0 +1,305 @@
+"""Files of rows: JSON lines (also `.gz`), parquet, folders of either, datasets on the hub. No torch.
+
+Reading names each row that is wrong, and never drops one unheard. Writing survives being killed: a file is replaced whole, or
+grows by whole lines.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from pydantic import ValidationError
+
+from pipo.data.rows import Message, OpdRow, Question, RolloutRow, Row, SftRow, SourceItem, explain
+from pipo.errors import DataError
+
+__all__ = [
+    "BadRow",
+    "LineWriter",
+    "Message",
+    "OpdRow",
+    "Question",
+    "RolloutRow",
+    "Row",
+    "RowFile",
+    "SftRow",
+    "SourceItem",
+    "is_local",
+    "read_rows",
+    "read_values",
+    "write_rows",
+]
+
+R = TypeVar("R", bound=Row)
+PARTIAL = ".partial"
+JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+PARQUET = (".parquet",)
+NAMED_ROWS = 5
+"""Bad rows that an error names one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that can't be used."""
+
+    line: int
+    """Line of a text file, or row of parquet or of a dataset, from 1."""
+    reason: str
+
+
+class RowFile(Generic[R]):
+    """The rows of a source, checked as they are read: iterate for `(line, row)`.
+
+    Rows that are wrong are left out and stand in `bad`, of the latest iteration. `num_read` counts both.
+    """
+
+    def __init__(self, source: str | Path, kind: type[R], split: str = "train", subset: str | None = None) -> None:
+        self.source = str(source)
+        self.kind = kind
+        self.split = split
+        self.subset = subset
+        self.bad: list[BadRow] = []
+        self.num_read = 0
+
+    def __iter__(self) -> Iterator[tuple[int, R]]:
+        self.bad, self.num_read = [], 0
+        for line, value in read_values(self.source, split=self.split, subset=self.subset):
+            self.num_read += 1
+            row = self._check(line, value)
+            if row is not None:
+                yield line, row
+
+    def _check(self, line: int, value: Any) -> R | None:
+        reason = value.reason if isinstance(value, BadRow) else None
+        if reason is None and not isinstance(value, dict):
+            reason = f"should be a JSON object, but is {json.dumps(value)[:40]}"
+        if reason is None:
+            try:
+                return self.kind.model_validate(value)
+            except ValidationError as error:
+                reason = explain(error)
+        self.bad.append(BadRow(line, str(reason)))
+        return None
+
+    def rows(self) -> list[R]:
+        """All rows.
+
+        Raises:
+            DataError: any is wrong; the message names the first of them by line.
+        """
+        rows = [row for _, row in self]
+        self.check()
+        return rows
+
+    def check(self) -> None:
+        """Refuse what the latest iteration found wrong.
+
+        Raises:
+            DataError: any row was; the message names the first of them by line.
+        """
+        if self.bad:
+            named = "; ".join(f"line {bad.line}: {bad.reason}" for bad in self.bad[:NAMED_ROWS])
+            more = f"; … ({len(self.bad)} in all)" if len(self.bad) > NAMED_ROWS else ""
+            raise DataError(
+                f"{self.source}: {len(self.bad)} of {self.num_read} rows are no {self.kind.__name__}: {named}{more}"
+            )
+
+
+def read_rows(source: str | Path, kind: type[R], *, split: str = "train", subset: str | None = None) -> RowFile[R]:
+    """The rows of a file, a folder or a dataset on the hub.
+
+    Args:
+        source: a file of JSON lines or parquet; or a folder or hub id (`owner/name`) that `datasets` loads, without remote code.
+        kind: what each row should be.
+        split, subset: of a folder or a dataset.
+
+    Raises:
+        DataError, while iterating: the source can't be read at all. Rows that are wrong stand in `bad` instead.
+    """
+    return RowFile(source, kind, split, subset)
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether `source` names a place on this machine, and not a dataset on the hub."""
+    text = str(source)
+    looks_local = text.startswith((".", "/", "~")) or text.endswith((*JSON_LINES, *PARQUET)) or text.count("/") != 1
+    return Path(source).expanduser().exists() or looks_local
+
+
+def read_values(source: str | Path, *, split: str = "train", subset: str | None = None) -> Iterator[tuple[int, Any]]:
+    """`(line, value)` of each row, unchecked; the value of a line that is no JSON is a `BadRow`.
+
+    Raises:
+        DataError: the source can't be read.
+    """
+    path = Path(source).expanduser()
+    if not is_local(source) or path.is_dir():
+        return _read_dataset(str(path) if path.is_dir() else str(source), split, subset)
+    if not path.is_file():
+        raise DataError(f"{source} is neither a file, nor a folder, nor a dataset on the hub (owner/name)")
+    if path.name.endswith(PARQUET):
+        return _read_parquet(path)
+    if path.name.endswith(JSON_LINES):
+        return _read_lines(path)
+    raise DataError(f"{source}: a file of rows ends in one of {', '.join((*JSON_LINES, *PARQUET))}")
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    # Only \n ends a line: other characters that Unicode calls line ends may stand in JSON strings.
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                yield number, _parse(number, line)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} can't be read: {error}") from error
+
+
+def _parse(number: int, line: bytes) -> Any:
+    try:
+        value = json.loads(line)
+        if b"\\ud" in line.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        return BadRow(number, "holds half of a surrogate pair, which is no text")
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, f"no JSON: {error}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(f"{path}: parquet needs more packages: pip install 'pipo-llm[train]'") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} can't be read as parquet: {error}") from error
+
+
+def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[int, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{name}: datasets need more packages: pip install 'pipo-llm[train]'") from error
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        HfHubHTTPError,
+        HFValidationError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        raise DataError(
+            f"dataset {name} (subset {subset or 'default'}, split {split}) can't be loaded: {error}. "
+            "On a machine without network, bring it first: pipo fetch"
+        ) from error
+    yield from enumerate(rows, 1)
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Write a file of JSON lines whole or not at all; how many rows it has.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    count = 0
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as stream:
+            for row in rows:
+                stream.write(row.to_line() + "\n")
+                count += 1
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+class LineWriter:
+    """A file that grows by whole lines, of one process at a time. Use as a context manager.
+
+    A last line that a kill left half-written is cut off when the file is opened again; `num_cut_bytes` says how much.
+
+    Raises:
+        DataError: another process has the file open.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise DataError(f"another process is writing {path}; wait for it, or choose another file") from error
+        self.num_cut_bytes = self._mend()
+
+    def _mend(self) -> int:
+        """Make the file end in a whole line: end one that lacks only its end, cut off one that is torn."""
+        size = self._file.seek(0, os.SEEK_END)
+        start = size
+        tail = b""
+        while start and b"\n" not in tail:
+            start = max(0, start - 2**16)
+            self._file.seek(start)
+            tail = self._file.read(size - start)
+        torn = tail[tail.rfind(b"\n") + 1 :]
+        if not torn:
+            return 0
+        try:
+            json.loads(torn)
+        except ValueError:
+            self._file.truncate(size - len(torn))
+            return len(torn)
+        self._file.write(b"\n")
+        return 0
+
+    def append(self, row: Row) -> None:
+        """Add a row, on the disk when this returns.
+
+        Raises:
+            OSError: it can't be written, and the file is as before.
+        """
+        line = memoryview(row.to_line().encode() + b"\n")
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(size)
+            raise
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._file.close()
+
+    def __enter__(self) -> LineWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
