@@ -38,7 +38,7 @@ def export(
         model = PipoForCausalLM.from_pretrained(path, subfolder=subfolder, base=base)
     with working(f"Writing {out}"):
         save_model(model, out, layout)
-        has_tokenizer = save_tokenizer(path, out, subfolder)
+        has_tokenizer = save_tokenizer(path, out, subfolder, base)
     if as_json:
         print_json({"out": out, "layout": str(layout), "tokenizer": has_tokenizer})
     else:

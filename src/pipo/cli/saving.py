@@ -1,4 +1,4 @@
-"""How `init` and `export` write a checkpoint folder."""
+"""How `init`, `export` and `merge` write a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ def save_model(model: PipoForCausalLM, out: Path, layout: Layout) -> None:
         model.save_pretrained(out)
 
 
-def save_tokenizer(source: str, out: Path, subfolder: str | None = None) -> bool:
-    """Copy the tokenizer, chat template and generation defaults of checkpoint `source`; False where it has no tokenizer."""
+def save_tokenizer(source: str | Path, out: Path, subfolder: str | None = None, base: str | Path | None = None) -> bool:
+    """Copy the tokenizer, chat template and generation defaults of checkpoint `source`; False where it has no tokenizer.
+
+    `base` overrides the base model that an adapter names.
+    """
     from pipo.model.adapter import tokenizer_home
     from pipo.model.files import copy_tokenizer, find_checkpoint, has_tokenizer
 
-    copy_tokenizer(tokenizer_home(find_checkpoint(source, subfolder)), out)
+    out.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(tokenizer_home(find_checkpoint(source, subfolder), base), out)
     return has_tokenizer(out)

@@ -61,16 +61,18 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def tokenizer_home(folder: Path) -> Path:
+def tokenizer_home(folder: Path, base: str | Path | None = None) -> Path:
     """The folder whose tokenizer goes with a checkpoint: an adapter that has none goes with its base's.
+
+    `base` overrides the base model that an adapter names.
 
     Raises:
         CheckpointError: the adapter's base can't be had.
     """
     if not is_adapter(folder) or has_tokenizer(folder):
         return folder
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return find_checkpoint(base) if base else folder
+    name = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return tokenizer_home(find_checkpoint(name)) if name else folder
 
 
 def read_adapter(folder: Path, base: str | Path | None = None) -> Adapter:
