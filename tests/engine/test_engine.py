@@ -203,6 +203,13 @@ def test_max_tokens_counts_visible_tokens(model: PipoForCausalLM, limit: int) ->
     assert output.finish_reason == "length"
     assert output.num_pairs == (limit + 1) // 2
     assert output.num_committed == limit // 2  # a draft that max_tokens cuts off is not committed
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.01])
+def test_max_pairs_counts_pairs_whatever_the_gate_says(model: PipoForCausalLM, threshold: float) -> None:
+    output = LLM(model).generate(prompt(5, 6), params(max_tokens=40, max_pairs=3, threshold=threshold))[0]
+    assert (output.num_pairs, output.finish_reason) == (3, "length")
+    assert output.num_tokens == (6 if threshold == 0.0 else 3)
     assert output.num_rejected == 0
 
 

@@ -27,7 +27,7 @@ def output(**changes):
 def test_every_name_of_the_public_interface_is_a_field():
     names = (
         "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop stop_token_ids "
-        "max_tokens min_tokens ignore_eos logprobs logit_bias json_schema regex grammar n threshold record_pairs"
+        "max_tokens max_pairs min_tokens ignore_eos logprobs logit_bias json_schema regex grammar n threshold record_pairs"
     )
     assert [field.name for field in dataclasses.fields(SamplingParams)] == names.split()
 

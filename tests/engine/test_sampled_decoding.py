@@ -36,16 +36,19 @@ def random_request(rng, index):
 
 
 def specified(model, prompt, params):
-    """What full recomputation gives with the request alone in its batch, its history counted anew for every token."""
+    """What full recomputation gives with the request alone in its batch, its history counted anew for every token; and the
+    log-probability with which each token was drawn, by step and slot."""
+    drawn = {}
 
     def pick(logits_V, tokens, step, slot):
         batch = SamplingBatch.build([params], [params.seed], len(logits_V), "cpu", [set(params.stop_token_ids)])
         history = TokenHistory(batch, [prompt], [tokens])
-        return int(
-            sample(process_logits(logits_V[None], batch, history, torch.tensor([len(tokens)])), batch, step, slot)
-        )
+        processed_1V = process_logits(logits_V[None], batch, history, torch.tensor([len(tokens)]))
+        token = int(sample(processed_1V, batch, step, slot))
+        drawn[step, slot] = 0.0 if params.greedy else float(processed_1V.log_softmax(-1)[0, token])
+        return token
 
-    return reference.generate(
+    generation = reference.generate(
         model,
         prompt,
         max_tokens=params.max_tokens,
@@ -53,6 +56,7 @@ def specified(model, prompt, params):
         stop_ids=params.stop_token_ids,
         pick=pick,
     )
+    return generation, drawn
 
 
 @pytest.mark.parametrize("name", ["tiny-mlp-tied", "tiny-linear-untied"])
@@ -64,7 +68,7 @@ def test_sampled_requests_get_what_full_recomputation_gives_them(name):
     llm = LLM(model, device="cpu", max_num_seqs=4)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in requests], [p for _, p in requests])
     for (prompt, params), output in zip(requests, outputs, strict=True):
-        expected = specified(model, prompt, params)
+        expected, drawn = specified(model, prompt, params)
         assert output.token_ids == expected.token_ids
         assert output.finish_reason == expected.finish_reason
         assert (output.num_pairs, output.num_committed) == (len(expected.pairs), expected.num_committed)
@@ -73,5 +77,11 @@ def test_sampled_requests_get_what_full_recomputation_gives_them(name):
         if params.record_pairs:
             found = [(pair.token1, pair.committed) for pair in output.pairs]
             assert found == [(pair.token1, pair.committed) for pair in expected.pairs]
+            assert [pair.drawn_logprob1 for pair in output.pairs] == pytest.approx(
+                [drawn[step, 0] for step in range(len(expected.pairs))], abs=1e-4
+            )
             if params.threshold <= 1:
                 assert [pair.draft for pair in output.pairs] == [pair.draft for pair in expected.pairs]
+                assert [pair.drawn_logprob2 for pair in output.pairs] == pytest.approx(
+                    [drawn[step, 1] for step in range(len(expected.pairs))], abs=1e-4
+                )

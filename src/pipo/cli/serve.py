@@ -35,6 +35,13 @@ def serve(
     allow_unauthenticated: Annotated[
         bool, typer.Option("--allow-unauthenticated", help="Let other machines in (--host) without a key.")
     ] = False,
+    allow_weight_updates: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weight-updates",
+            help="Let clients replace the weights by those of a folder on this machine, as `pipo opd` does with rollout.backend=server.",
+        ),
+    ] = False,
     served_model_name: Annotated[str, typer.Option(help="The model's name for clients.", metavar="NAME")] = "pipo",
     threshold: Annotated[
         float, typer.Option(help="Of requests that bring none: commit a draft when its confidence reaches this.")
@@ -72,6 +79,7 @@ def serve(
         port=port,
         api_key=api_key,
         allow_unauthenticated=allow_unauthenticated,
+        allow_weight_updates=allow_weight_updates,
         threshold=threshold,
         cors_origins=tuple(cors_origin),
         max_queue=max_queue,

@@ -21,13 +21,13 @@ from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, Speculat
 from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
-from pipo.engine.loading import accept_model, cache_budget, generation_defaults, load_model
+from pipo.engine.loading import accept_model, cache_budget, copy_weights, generation_defaults, load_model
 from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
 from pipo.engine.stepper import Stepper, Subscription
-from pipo.errors import ConfigError, RequestError
+from pipo.errors import CheckpointError, ConfigError, RequestError
 from pipo.model.adapter import tokenizer_home
 from pipo.model.files import find_checkpoint
 from pipo.model.modeling import PipoForCausalLM
@@ -167,6 +167,30 @@ class LLM:
         with self._lock:
             if isinstance(self.engine.runner, PipoRunner) and self.engine.runner.prefixes is not None:
                 self.engine.runner.prefixes.clear()
+
+    def load_weights(self, path: str | Path) -> None:
+        """Take over the weights of another checkpoint of this model, in place, between two steps; kept prefixes are forgotten.
+
+        Args:
+            path: a folder: a whole checkpoint, or an adapter beside its base.
+
+        Raises:
+            CheckpointError: it can't be read, or is of another model. RequestError: samples wait or run. Then nothing has changed.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is no folder on this machine: weights are taken over from a checkpoint's folder"
+            )
+        fresh = load_model(folder, self.method, "cpu", self.model.dtype, None)
+        with self._lock:
+            if self.engine.has_work:
+                number = len(self.engine.waiting) + len(self.engine.running)
+                raise RequestError(
+                    f"{number} samples wait or run, half of them would be another model's: try again when they are done"
+                )
+            copy_weights(fresh, self.model)
+            self.forget()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """Generate for one prompt; an event per step of each sample, as they come. Closing the iterator aborts."""

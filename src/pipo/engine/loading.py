@@ -75,6 +75,24 @@ def accept_model(
     return model
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Write the weights of a model into another of the same shape, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ; nothing has been written then.
+    """
+    fresh, held = source.state_dict(), target.state_dict()
+    other = sorted(fresh.keys() ^ held.keys())
+    other += [name for name in fresh.keys() & held.keys() if fresh[name].shape != held[name].shape]
+    if other:
+        raise CheckpointError(
+            f"these weights are of another model: {len(other)} tensors differ in name or shape, such as {', '.join(other[:3])}"
+        )
+    for name, tensor in held.items():
+        tensor.copy_(fresh[name])
+
+
 def cache_budget(runner: Runner, device: torch.device, total_bytes: int | None) -> CacheBudget:
     """Measure what rows and positions cost on this model, by prefilling two tiny prompts."""
     row_bytes, position_bytes = runner.measure_bytes()

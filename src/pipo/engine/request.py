@@ -52,6 +52,8 @@ class SamplingParams:
     """Ids that end the text beside the model's own. The ids include the one that ended it, the text does not."""
     max_tokens: int | None = None
     """≥ 1 visible tokens at most. `None`: until the context is full (no small default that cuts answers off)."""
+    max_pairs: int | None = None
+    """≥ 1 pairs to write at most, whether their drafts are committed or not. `None`: no limit beside the others."""
     min_tokens: int = 0
     """Stop ids are not sampled, and stop strings not looked for, before this many visible tokens."""
     ignore_eos: bool = False
@@ -110,6 +112,8 @@ class SamplingParams:
             _integer("seed", self.seed, "None or a signed 64-bit number", low=MIN_SEED, high=MAX_SEED)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, "None or ≥ 1", low=1)
+        if self.max_pairs is not None:
+            _integer("max_pairs", self.max_pairs, "None or ≥ 1", low=1)
         _integer("min_tokens", self.min_tokens, "≥ 0", low=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _wrong("min_tokens", self.min_tokens, f"at most max_tokens = {self.max_tokens}")
@@ -154,6 +158,10 @@ class PairRecord:
     """Log-probability of token 1 under the model's own distribution (before temperature and penalties)."""
     logprob2: float | None
     """The same of the draft."""
+    drawn_logprob1: float | None = None
+    """Log-probability of token 1 under the distribution it was drawn from: with temperature, penalties, filters and grammar."""
+    drawn_logprob2: float | None = None
+    """The same of the draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +184,8 @@ class RequestOutput:
     text: str
     """Without special tokens, stop token and stop string. Empty when there is no tokenizer."""
     finish_reason: FinishReason | None
-    """`stop`: a stop id or string; `length`: `max_tokens` or the context; `abort`: the caller's; `error`: the model gave numbers that
-    are not finite, or the grammar allowed no token, and this sample ended before it; `None` while running."""
+    """`stop`: a stop id or string; `length`: `max_tokens`, `max_pairs` or the context; `abort`: the caller's; `error`: the model gave
+    numbers that are not finite, or the grammar allowed no token, and this sample ended before it; `None` while running."""
     num_pairs: int
     """Steps: the one of prefill and one per decoding step."""
     num_committed: int

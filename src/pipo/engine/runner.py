@@ -243,4 +243,5 @@ def _step_of(pairs: HostPairs, row: int, sequence: Sequence, judged: bool) -> St
         logprob1=logprob(pairs.token1[row], pairs.logprob1[row], pairs.top1[row]),
         logprob2=logprob(draft, pairs.logprob2[row], pairs.top2[row]),
         draft_logprob=None if draft is None else pairs.logprob2[row],
+        drawn_logprobs=(pairs.drawn1[row], None if draft is None else pairs.drawn2[row]),
     )

@@ -25,7 +25,8 @@ class StepTokens:
     """What one step wrote for one sample, before stops cut anything off.
 
     `finite`: the model's numbers were; else the tokens mean nothing. `judged`: a draft was judged, by the gate or by
-    verification. `committed`: it was kept. `draft`: the draft, kept or not.
+    verification. `committed`: it was kept. `draft`: the draft, kept or not. `drawn_logprobs`: of token 1 and draft, under what
+    each was drawn from.
     """
 
     token1: int
@@ -38,6 +39,7 @@ class StepTokens:
     logprob1: TokenLogprob | None = None
     logprob2: TokenLogprob | None = None
     draft_logprob: float | None = None
+    drawn_logprobs: tuple[float | None, float | None] = (None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,13 @@ class Sequence:
         record = None
         if self.params.record_pairs:
             lp1 = None if step.logprob1 is None else step.logprob1.logprob
-            record = PairRecord(step.token1, step.draft, step.confidence, committed, lp1, step.draft_logprob)
+            record = PairRecord(
+                step.token1, step.draft, step.confidence, committed, lp1, step.draft_logprob, *step.drawn_logprobs
+            )
             self.records.append(record)
         self.text += text
+        if not self.finished and self.counts.num_pairs == self.params.max_pairs:
+            self.finish_reason = "length"
         return StepText(text, before, record)
 
     def end(self, reason: FinishReason, error: SampleError | None = None) -> str:

@@ -187,7 +187,14 @@ class Backbone:
 
         Sums rounded to bfloat16 would be off by up to 0.06 at a magnitude of 16. A GPU keeps the sums in float32. A CPU can't;
         there the `REFINED_LOGITS` largest of each row, which hold the mass that is drawn from, are computed again in float32.
+        Autocast, under which rollouts run where training does, would round them all.
         """
+        with torch.autocast(hidden_BH.device.type, enabled=False):
+            return self._float32_logits(head, hidden_BH)
+
+    def _float32_logits(self, head: nn.Module, hidden_BH: Tensor) -> Tensor:
+        if isinstance(head, nn.Linear):
+            hidden_BH = hidden_BH.to(head.weight.dtype)
         if not isinstance(head, nn.Linear) or head.weight.dtype == torch.float32:
             return self.scale_logits(head(hidden_BH).float())
         if head.weight.is_cuda and head.weight.dtype == hidden_BH.dtype == torch.bfloat16:

@@ -50,4 +50,6 @@ class MtpBlock(nn.Module):
         )
         kwargs: dict[str, Any] = {**call, "past_key_values": cache}
         out = self.layers[0](fused, **kwargs)
-        return self.norm(out[0] if isinstance(out, tuple) else out)  # type: ignore[no-any-return]
+        normed: Tensor = self.norm(out[0] if isinstance(out, tuple) else out)
+        # A norm that is trained in float32 under autocast gives float32: head and cache expect what they get from the backbone.
+        return normed.to(hidden_BLH.dtype)

@@ -34,6 +34,7 @@ __all__ = [
     "TokenLogprobs",
     "Verdict",
     "derive_seed",
+    "drawn_logprobs",
     "probabilities",
     "process_logits",
     "sample",
@@ -250,11 +251,15 @@ def speculative_verify(
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities, float32: of the chosen tokens `[B]`, and the K best tokens with theirs `[B, K]`."""
+    """Log-probabilities, float32: of the chosen tokens `[B]`, and the K best tokens with theirs `[B, K]`.
+
+    `drawn_B`: of the chosen tokens under the distribution that they were drawn from, where somebody asked for it.
+    """
 
     chosen_B: Tensor
     top_ids_BK: Tensor
     top_BK: Tensor
+    drawn_B: Tensor | None = None
 
 
 def token_logprobs(logits_BV: Tensor, token_ids_B: Tensor, num_top: int = 0) -> TokenLogprobs:
@@ -264,3 +269,13 @@ def token_logprobs(logits_BV: Tensor, token_ids_B: Tensor, num_top: int = 0) -> 
     chosen_B1 = logits_BV.gather(1, token_ids_B.unsqueeze(1)) - normaliser_B1
     top = logits_BV.topk(min(num_top, logits_BV.shape[-1]))
     return TokenLogprobs(chosen_B1.squeeze(1), top.indices, top.values - normaliser_B1)
+
+
+def drawn_logprobs(processed_BV: Tensor, batch: SamplingBatch, token_ids_B: Tensor) -> Tensor:
+    """Float32 `[B]`: log-probabilities of drawn tokens under what :func:`sample` drew from; 0 in greedy rows.
+
+    Args:
+        processed_BV: what :func:`process_logits` returned.
+    """
+    found_B = processed_BV.gather(1, token_ids_B.unsqueeze(1)).squeeze(1) - processed_BV.logsumexp(-1)
+    return found_B.masked_fill(batch.greedy_B, 0.0) if batch.any_greedy else found_B

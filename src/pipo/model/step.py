@@ -23,6 +23,7 @@ from pipo.model.sampling import (
     SamplingBatch,
     TokenHistory,
     TokenLogprobs,
+    drawn_logprobs,
     process_logits,
     sample,
     token_logprobs,
@@ -72,7 +73,12 @@ class Rows:
         processed_BV = process_logits(limited_BV, self.batch, self.history, num_tokens_B)
         token_B = sample(processed_BV, self.batch, self.position_B, slot)
         num = self.num_logprobs
-        return token_B, None if num is None else token_logprobs(logits_BV, token_B, num)
+        if num is None:
+            return token_B, None
+        found = token_logprobs(logits_BV, token_B, num)
+        if self.records:
+            found = found._replace(drawn_B=drawn_logprobs(processed_BV, self.batch, token_B))
+        return token_B, found
 
     def _limit(self, logits_BV: Tensor, token1_B: Tensor | None) -> Tensor:
         """Take away what the rows' grammars forbid."""
@@ -196,6 +202,9 @@ class HostPairs(NamedTuple):
     finite: list[bool]
     logprob1: list[float | None]
     logprob2: list[float | None]
+    drawn1: list[float | None]
+    """Under the distribution that token 1 was drawn from; `None` where no row asked for its records."""
+    drawn2: list[float | None]
     top1: list[list[tuple[int, float]]]
     top2: list[list[tuple[int, float]]]
 
@@ -209,14 +218,17 @@ def fetch(result: PairResult) -> HostPairs:
     for logprobs in (result.logprobs1, result.logprobs2):
         if logprobs is not None:
             columns += [logprobs.chosen_B, *logprobs.top_ids_BK.unbind(1), *logprobs.top_BK.unbind(1)]
+            columns += [] if logprobs.drawn_B is None else [logprobs.drawn_B]
     table = torch.stack([column.double() for column in columns]).cpu().tolist()
     num_rows, cursor = len(table[0]), 5
     confidence = [None if value != value else float(value) for value in table[3]]
     chosen: list[list[float | None]] = []
+    drawn: list[list[float | None]] = []
     tops: list[list[list[tuple[int, float]]]] = []
     for logprobs in (result.logprobs1, result.logprobs2):
         if logprobs is None:
             chosen.append([None] * num_rows)
+            drawn.append([None] * num_rows)
             tops.append([[] for _ in range(num_rows)])
             continue
         k = logprobs.top_BK.shape[1]
@@ -224,6 +236,8 @@ def fetch(result: PairResult) -> HostPairs:
         ids, values = table[cursor + 1 : cursor + 1 + k], table[cursor + 1 + k : cursor + 1 + 2 * k]
         tops.append([[(int(ids[j][b]), values[j][b]) for j in range(k)] for b in range(num_rows)])
         cursor += 1 + 2 * k
+        drawn.append([None] * num_rows if logprobs.drawn_B is None else table[cursor])
+        cursor += logprobs.drawn_B is not None
     return HostPairs(
         [int(value) for value in table[0]],
         [None if value == NO_DRAFT else int(value) for value in table[1]],
@@ -232,6 +246,8 @@ def fetch(result: PairResult) -> HostPairs:
         [bool(value) for value in table[4]],
         chosen[0],
         chosen[1],
+        drawn[0],
+        drawn[1],
         tops[0],
         tops[1],
     )

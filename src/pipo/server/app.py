@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 import pipo
 from pipo.data.conversation import encode_text
 from pipo.engine.llm import LLM
-from pipo.errors import ConfigError, RequestError
+from pipo.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from pipo.server.api_error import ApiError, ErrorBody, of_exception, of_validation
 from pipo.server.chat import plan_chat
 from pipo.server.chat_prompt import build_prompt
@@ -31,7 +31,7 @@ from pipo.server.exchange import Exchange
 from pipo.server.gate import Gate
 from pipo.server.job import Desk
 from pipo.server.metrics import Metrics
-from pipo.server.protocol import Body, ChatRequest, CompletionRequest, TokenizeRequest
+from pipo.server.protocol import Body, ChatRequest, CompletionRequest, TokenizeRequest, UpdateWeightsRequest
 from pipo.server.settings import ServerSettings
 
 B = TypeVar("B", bound=Body)
@@ -52,6 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "The request names another host",
         404: "No such model",
         408: "The body came too slowly",
+        409: "Samples wait or run",
         413: "The body is too large",
         415: "The body is not application/json",
         429: "The queue is full",
@@ -148,6 +149,19 @@ class Server:
             "tokens": ids,
         }
 
+    async def update_weights(self, request: Request) -> dict[str, Any]:
+        """Take over another checkpoint's weights, in place."""
+        body = await read(request, UpdateWeightsRequest)
+        name = body.model if body.model is not None else self.settings.model_name
+        llm = self._llm(name)
+        try:
+            await asyncio.to_thread(llm.load_weights, body.model_path)
+        except (CheckpointError, UnsupportedModelError) as error:
+            raise ApiError(400, str(error), param="model_path", code="invalid_value") from error
+        except RequestError as error:
+            raise ApiError(409, str(error), code="busy", headers={"Retry-After": "1"}) from error
+        return {"success": True, "message": f"{name} has the weights of {body.model_path}"}
+
     # --- the page
 
     async def playground(self) -> Response:
@@ -242,6 +256,13 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         server.complete
     )
     app.post("/tokenize", openapi_extra=_takes(TokenizeRequest), responses=ERRORS, summary="Tokenize")(server.tokenize)
+    if server.settings.allow_weight_updates:
+        app.post(
+            "/update_weights_from_disk",
+            openapi_extra=_takes(UpdateWeightsRequest),
+            responses=ERRORS,
+            summary="Update weights",
+        )(server.update_weights)
     app.get("/playground", include_in_schema=False)(server.playground)
     app.get("/playground/config", include_in_schema=False)(server.playground_config)
 
@@ -263,7 +284,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the bodies that the endpoints read themselves."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes, description=DESCRIPTION)
     schemas = document["components"]["schemas"]
-    for kind in (ChatRequest, CompletionRequest, TokenizeRequest):
+    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, UpdateWeightsRequest):
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[kind.__name__] = schema

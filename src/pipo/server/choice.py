@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipo.engine.request import StreamEvent, TokenLogprob
+from pipo.engine.request import PairRecord, StreamEvent, TokenLogprob
 from pipo.server.reply import ReplyParser
 from pipo.server.token_text import PairTexts, TokenTexts
 from pipo.server.tool_call import CallDelta
@@ -41,21 +41,27 @@ class PairWatcher:
             return []
         token1, *committed = (self._push(token_id) for token_id in event.token_ids)
         draft = committed[0] if committed else None
-        confidence = event.pair.confidence if event.pair is not None else None
+        record = event.pair
         ended = event.finish_reason is not None
-        if not committed and event.pair is not None and event.pair.draft is not None and not ended:
-            draft = self._texts.peek(event.pair.draft) if self._texts else ""
-        elif not committed:
-            confidence = None  # what was drawn after the end of the text is nobody's draft
+        if not committed and record is not None and record.draft is not None and not ended:
+            draft = self._texts.peek(record.draft) if self._texts else ""
         held = self._texts.finish() if ended and self._texts else ""
         token1, draft = (token1, draft + held) if committed and draft is not None else (token1 + held, draft)
+        # What was drawn after the end of the text is nobody's draft.
+        drafted = record if draft is not None else None
         return [
             {
                 "token1": token1,
                 "draft": draft,
-                "confidence": confidence,
+                "confidence": drafted and drafted.confidence,
                 "committed": bool(committed),
                 "time_s": event.time_s,
+                "token1_id": event.token_ids[0],
+                "draft_id": event.token_ids[1] if committed else drafted and drafted.draft,
+                "logprob1": _logprob(record, "logprob1"),
+                "logprob2": _logprob(drafted, "logprob2"),
+                "drawn_logprob1": _logprob(record, "drawn_logprob1"),
+                "drawn_logprob2": _logprob(drafted, "drawn_logprob2"),
             }
         ]
 
@@ -222,6 +228,11 @@ Choice = ChatChoice | TextChoice
 
 def _entry(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": texts.text(token_id), "bytes": texts.bytes(token_id), "logprob": max(logprob, MIN_LOGPROB)}
+
+
+def _logprob(record: PairRecord | None, name: str) -> float | None:
+    value: float | None = getattr(record, name, None)
+    return None if value is None else max(value, MIN_LOGPROB)
 
 
 def _call_delta(call: CallDelta) -> dict[str, Any]:

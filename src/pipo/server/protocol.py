@@ -45,6 +45,8 @@ class Sampling(Body):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    max_pairs: int | None = None
+    """Pairs to write at most."""
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
@@ -214,6 +216,13 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+
+
+class UpdateWeightsRequest(Body):
+    """`POST /update_weights_from_disk`: the folder of another checkpoint of a model, on the server's machine."""
+
+    model_path: str
+    model: str | None = None
 
 
 class TokenizeRequest(Body):

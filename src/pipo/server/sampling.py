@@ -20,6 +20,7 @@ SAME = (
     "min_p",
     "repetition_penalty",
     "ignore_eos",
+    "max_pairs",
     "min_tokens",
     "stop_token_ids",
     "threshold",

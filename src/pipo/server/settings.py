@@ -25,6 +25,8 @@ class ServerSettings:
     """Asked of every request but those to `/health`."""
     allow_unauthenticated: bool = False
     """Listen beyond this machine without a key."""
+    allow_weight_updates: bool = False
+    """Let whoever may come in replace the weights by those of a folder on this machine."""
     threshold: float = 0.95
     """τ of requests that bring none."""
     cors_origins: tuple[str, ...] = ()
