@@ -5,6 +5,7 @@
     ├── ConfigError             a setting has a value that it can't have
     ├── DataError               rows, files or datasets that can't be read, or don't hold what they should
     ├── CheckpointError         a checkpoint can't be read, or its keys, shapes or values are wrong
+    ├── SandboxError            a program of a model could not be run, which says nothing about the program
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     └── RequestError            a generation request that can't be served as asked
         └── ContextLengthError  its prompt leaves no room to generate
@@ -24,6 +25,7 @@ __all__ = [
     "PairingError",
     "PipoError",
     "RequestError",
+    "SandboxError",
     "UnsupportedModelError",
 ]
 
@@ -46,6 +48,10 @@ class DataError(PipoError, ValueError):
 
 class CheckpointError(PipoError, ValueError):
     """A checkpoint is missing, unreadable, incomplete or not what was asked for; the message names file and keys."""
+
+
+class SandboxError(PipoError, ValueError):
+    """A program of a model could not be run, which says nothing about the program; the message says what the sandbox said."""
 
 
 class UnsupportedModelError(PipoError, ValueError):

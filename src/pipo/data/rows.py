@@ -58,7 +58,7 @@ def _as_metadata(value: Any) -> Any:
     return {} if value is None else value
 
 
-class _Checked(Row):
+class Checked(Row):
     """What questions and OPD rows share: how a completion is checked."""
 
     final_answer: str | None = None
@@ -70,7 +70,7 @@ class _Checked(Row):
     _metadata = field_validator("metadata", mode="before")(_as_metadata)
 
 
-class Question(_Checked):
+class Question(Checked):
     """What a source yields: something to answer, and what an answer is checked against.
 
     `prompt`, a text, may stand for `messages` with one message of a user.
@@ -97,7 +97,7 @@ class Question(_Checked):
         return check_open(_check_messages(messages))
 
 
-class SourceItem(_Checked):
+class SourceItem(Checked):
     """The question of a rollout row."""
 
     dataset: str
@@ -198,7 +198,7 @@ class SftRow(_Training):
         return messages
 
 
-class OpdRow(_Training, _Checked):
+class OpdRow(_Training, Checked):
     """A conversation to be answered by the model that is trained."""
 
     @field_validator("messages")

@@ -1,0 +1,1 @@
+"""Evaluation: graders, and the sandbox that runs programs of a model."""

@@ -1,0 +1,46 @@
+"""The process that math-verify runs in: JSON lines in, JSON lines out. `MathGrader` starts it, and kills it when it hangs.
+
+math-verify limits its own time by signals, which reach the main thread only and no long computation in C. In a process of
+its own both hold, and the limit that always holds is to kill it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from typing import Any
+
+PARSING_S = 3
+VERIFYING_S = 3
+MEMORY_BYTES = 4 * 2**30
+
+
+def check(gold: str, answer: str | None, text: str) -> dict[str, Any]:
+    """Whether an answer equals `gold`: the content of a box, or where there is none what `text` seems to say."""
+    from math_verify import parse, verify
+
+    truth = parse(f"\\boxed{{{gold}}}", parsing_timeout=PARSING_S)
+    if not truth:
+        return {"error": f"the right answer {gold!r} can't be read as mathematics"}
+    said = parse(text if answer is None else f"\\boxed{{{answer}}}", parsing_timeout=PARSING_S)
+    if not said:
+        return {"correct": False, "extracted": answer}
+    extracted = answer if answer is not None else str(said[-1])
+    return {"correct": verify(truth, said, timeout_seconds=VERIFYING_S), "extracted": extracted}
+
+
+def main() -> None:
+    """Answer requests until standard input ends. A computation that needs too much memory ends the process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    logging.disable(logging.CRITICAL)
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is no answer
+    for line in sys.stdin:
+        answers.write(json.dumps(check(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
