@@ -7,6 +7,7 @@
     ├── CheckpointError         a checkpoint can't be read, or its keys, shapes or values are wrong
     ├── SandboxError            a program of a model could not be run, which says nothing about the program
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
+    ├── EndpointError           a server that a run depends on can't be reached, or does not answer as it should
     └── RequestError            a generation request that can't be served as asked
         └── ContextLengthError  its prompt leaves no room to generate
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "DataError",
+    "EndpointError",
     "PairingError",
     "PipoError",
     "RequestError",
@@ -56,6 +58,10 @@ class SandboxError(PipoError, ValueError):
 
 class UnsupportedModelError(PipoError, ValueError):
     """A model family, or a feature on this family, is not supported; the message names it and the reason."""
+
+
+class EndpointError(PipoError, ValueError):
+    """A server that a run depends on can't be reached or does not answer as it should; the message names its address and words."""
 
 
 class RequestError(PipoError, ValueError):

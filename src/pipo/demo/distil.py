@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from pipo.demo.batches import slot_batch, stack
-from pipo.demo.tokenizer import END_ID, PAD_ID
+from pipo.demo.tokenizer import PAD_ID
 from pipo.engine.llm import LLM
-from pipo.engine.request import RequestOutput, SamplingParams
+from pipo.engine.request import SamplingParams
 from pipo.losses import LocalTeacher, confidence_loss, full
 from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
-from pipo.pairing import IGNORE_INDEX, TOKEN1_LABELS, TOKEN2_LABELS, Slots, teacher_positions_of_steps, teacher_tokens
+from pipo.pairing import TOKEN1_LABELS, TOKEN2_LABELS, Slots, teacher_positions_of_steps, teacher_tokens
+from pipo.training.rollout import ALWAYS_COMMIT, NEVER_COMMIT, rollout_of, slots_of_rollout
 
 MAX_ROLLOUT_TOKENS = 40
 """No right solution is longer than 26 tokens."""
-
-ALWAYS_COMMIT, NEVER_COMMIT = 0.0, 1.01
 
 
 class DistilLosses(NamedTuple):
@@ -58,26 +57,8 @@ def roll_out(engine: LLM, prompts: list[list[int]], rng: random.Random) -> list[
         for _ in prompts
     ]
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
-    return [slots_of_rollout(output) for output in outputs]
-
-
-def slots_of_rollout(output: RequestOutput) -> Slots:
-    """The slots that the student read and wrote. A rejected draft's slot is filler, and keeps the draft as its label: that
-    is where MTP and gate learn what they were wrong about. The tail's filler has no label."""
-    ids = list(output.prompt_token_ids)
-    filler = [False] * len(ids)
-    if len(ids) % 2:
-        ids.append(PAD_ID)
-        filler.append(True)
-    labels = [IGNORE_INDEX] * len(ids)
-    pairs = output.pairs or []
-    for index, pair in enumerate(pairs):
-        cut_off = pair.token1 == END_ID or (index == len(pairs) - 1 and output.finish_reason == "length")
-        draft = IGNORE_INDEX if cut_off or pair.draft is None else pair.draft
-        ids += [pair.token1, draft if pair.committed and not cut_off else PAD_ID]
-        labels += [pair.token1, draft]
-        filler += [False, not (pair.committed and not cut_off)]
-    return Slots(ids, labels, filler)
+    rollouts = [rollout_of(output, setting.threshold) for output, setting in zip(outputs, params, strict=True)]
+    return [slots_of_rollout(rollout, PAD_ID) for rollout in rollouts]
 
 
 def distil_losses(student: PipoForCausalLM, teacher: BaseForCausalLM, rows: list[Slots]) -> DistilLosses:

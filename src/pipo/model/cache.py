@@ -74,8 +74,9 @@ class _KeyValueRows(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         rows_B1, positions_BT = self.owner.rows_B1, self.owner.positions_BT
-        self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2)
-        self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2)
+        # Under autocast keys may come in another dtype than values, and both in another than those of the prefill.
+        self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2).to(self.values.dtype)
         b, s = self.owner.num_rows, self.owner.span
         return self.keys[:b, :, :s], self.values[:b, :, :s]
 
