@@ -29,8 +29,17 @@ def page() -> str:
     """The whole page as Markdown."""
     root: Any = typer.main.get_command(app)
     sections = [OPENING, "## Options of pipo itself\n\n" + _options(_options_of(root))]
-    sections += [_command(name, command) for name, command in root.commands.items()]
+    sections += _commands("", root)
     return "\n".join(sections)
+
+
+def _commands(prefix: str, group: Any) -> list[str]:
+    """A section for each command, those of its groups too."""
+    sections = []
+    for name, command in group.commands.items():
+        nested = getattr(command, "commands", None)
+        sections += [_command(prefix + name, command)] if nested is None else _commands(f"{prefix}{name} ", command)
+    return sections
 
 
 def _options_of(command: Any) -> list[Any]:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipo
-from pipo.cli import chat, demo, export, generate, info, init, merge, serve
+from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, serve
 from pipo.cli.terminal import print_error
 from pipo.errors import PipoError
 
@@ -70,6 +70,8 @@ app.command()(serve.serve)
 app.command()(info.info)
 app.command()(init.init)
 app.command()(export.export)
+app.command()(fetch.fetch)
+app.add_typer(data.app, name="data")
 app.command()(merge.merge)
 
 

@@ -10,7 +10,7 @@ import fcntl
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -32,9 +32,11 @@ __all__ = [
     "RowFile",
     "SftRow",
     "SourceItem",
+    "count_rows",
     "is_local",
     "read_rows",
     "read_values",
+    "refuse_bad",
     "write_rows",
 ]
 
@@ -105,12 +107,19 @@ class RowFile(Generic[R]):
         Raises:
             DataError: any row was; the message names the first of them by line.
         """
-        if self.bad:
-            named = "; ".join(f"line {bad.line}: {bad.reason}" for bad in self.bad[:NAMED_ROWS])
-            more = f"; … ({len(self.bad)} in all)" if len(self.bad) > NAMED_ROWS else ""
-            raise DataError(
-                f"{self.source}: {len(self.bad)} of {self.num_read} rows are no {self.kind.__name__}: {named}{more}"
-            )
+        refuse_bad(self.source, self.bad, self.num_read, self.kind.__name__)
+
+
+def refuse_bad(source: str, bad: list[BadRow], num_read: int, kind: str) -> None:
+    """Refuse rows that are wrong.
+
+    Raises:
+        DataError: there are any; the message names the first of them by line.
+    """
+    if bad:
+        named = "; ".join(f"line {row.line}: {row.reason}" for row in bad[:NAMED_ROWS])
+        more = f"; … ({len(bad)} in all)" if len(bad) > NAMED_ROWS else ""
+        raise DataError(f"{source}: {len(bad)} of {num_read} rows are no {kind}: {named}{more}")
 
 
 def read_rows(source: str | Path, kind: type[R], *, split: str = "train", subset: str | None = None) -> RowFile[R]:
@@ -194,12 +203,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(_load_dataset(name, split, subset), 1)
+
+
+def _load_dataset(name: str, split: str, subset: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"{name}: datasets need more packages: pip install 'pipo-llm[train]'") from error
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset, split=split)
     except (
         OSError,
         ValueError,
@@ -212,11 +225,25 @@ def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[i
             f"dataset {name} (subset {subset or 'default'}, split {split}) can't be loaded: {error}. "
             "On a machine without network, bring it first: pipo fetch"
         ) from error
-    yield from enumerate(rows, 1)
 
 
-def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+def count_rows(source: str | Path, *, split: str = "train", subset: str | None = None) -> int:
+    """How many rows a source has, right or wrong.
+
+    Raises:
+        DataError: the source can't be read.
+    """
+    path = Path(source).expanduser()
+    if not is_local(source) or path.is_dir():
+        return len(_load_dataset(str(path) if path.is_dir() else str(source), split, subset))
+    return sum(1 for _ in read_values(source, split=split, subset=subset))
+
+
+def write_rows(path: str | Path, rows: Iterable[Row], check: Callable[[], None] = lambda: None) -> int:
     """Write a file of JSON lines whole or not at all; how many rows it has.
+
+    Args:
+        check: called when all rows are written and before the file takes its place; when it raises, nothing has changed.
 
     Raises:
         OSError: it can't be written.
@@ -232,6 +259,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
                 count += 1
             stream.flush()
             os.fsync(stream.fileno())
+        check()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

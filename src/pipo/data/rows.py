@@ -5,6 +5,7 @@ A row checks itself. Unknown keys are kept, so that the files of others load, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -48,14 +49,17 @@ def _as_answer(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _as_metadata(value: Any) -> Any:
-    """Metadata as a mapping: null is an empty one, and columnar files hold it as JSON text."""
+def parse_mapping(value: Any) -> Any:
+    """A mapping that a columnar file holds as JSON text; anything else as it is."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    return {} if value is None else value
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
+def _as_metadata(value: Any) -> Any:
+    """Metadata as a mapping: null is an empty one."""
+    return {} if value is None else parse_mapping(value)
 
 
 class Checked(Row):
@@ -198,7 +202,7 @@ class SftRow(_Training):
         return messages
 
 
-class OpdRow(_Training, Checked):
+class OpdRow(Checked, _Training):
     """A conversation to be answered by the model that is trained."""
 
     @field_validator("messages")

@@ -1,0 +1,263 @@
+"""`pipo data rollout`: a teacher's samples for many questions."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipo.cli.graders import open_named_graders
+from pipo.cli.options import open_engine, sampling_params, takes_engine, takes_sampling
+from pipo.cli.terminal import console, print_json, working
+from pipo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipo.data.collect import CollectSettings, Generator, Progress
+    from pipo.data.sources import QuestionFile
+    from pipo.engine.request import SamplingParams
+
+LINE_EVERY_S = 30.0
+"""Between lines of progress where stderr is no terminal."""
+ENGINE_ONLY = ("logit_bias", "json_schema", "regex", "grammar")
+
+
+@takes_engine
+@takes_sampling
+def rollout(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Questions: dapo-math, codeforces, a file, a folder or a Hugging Face id."
+        ),
+    ],
+    sampling: dict[str, Any],
+    engine: dict[str, Any],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File of rollouts to write, or to go on with.", metavar="FILE")
+    ],
+    model: Annotated[
+        str, typer.Option(help="Teacher: a checkpoint, or with --endpoint its name there.", metavar="NAME")
+    ],
+    endpoint: Annotated[
+        str | None, typer.Option(help="Ask this OpenAI-compatible server instead of the engine here.", metavar="URL")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    samples: Annotated[int, typer.Option("--samples", "-k", help="Samples for each question.")] = 4,
+    num_questions: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions, from the first.", show_default="all")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="How rows are laid out: dapo-math, codeforces or questions.", show_default="as SOURCE says"),
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Of a dataset.", metavar="NAME")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset.", metavar="NAME")] = "train",
+    concurrency: Annotated[int, typer.Option(help="Questions in flight.")] = 16,
+    max_requests: Annotated[int, typer.Option(help="With --endpoint: requests at the same time.")] = 64,
+    timeout_s: Annotated[float, typer.Option(help="With --endpoint: seconds for one request.")] = 3600.0,
+    max_retries: Annotated[
+        int,
+        typer.Option(
+            help="With --endpoint: tries after a failure, with growing waits, before the sample counts as failed."
+        ),
+    ] = 5,
+    template_option: Annotated[
+        list[str],
+        typer.Option(help="With --endpoint: an option of the chat template. May be repeated.", metavar="NAME=JSON"),
+    ] = [],  # noqa: B006 (typer reads the default and never changes it)
+    thinking_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help=r"What the chat template writes of the thinking block, which replies then lack: '<think>\n'.",
+            show_default="with --endpoint nothing, else what the template writes",
+            metavar="TEXT",
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again where a sample failed in an earlier run.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Rows that are no question are named, but are no error.")
+    ] = False,
+    unsafe_local: Annotated[
+        bool, typer.Option("--unsafe-local", help="Run the programs that the teacher writes without a sandbox.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was collected as JSON.")] = False,
+) -> None:
+    """Collect a teacher's answers to questions, and check them.
+
+    The same command goes on where it was stopped or killed. FILE.meta.json keeps the settings, and no file mixes two.
+    """
+    from pipo.data.collect import CollectSettings, Progress
+    from pipo.data.sources import open_questions
+
+    params = sampling_params({**sampling, "seed": None})
+    questions = open_questions(source, kind=kind, split=split, subset=subset)
+    with working(f"Reading {source}"):
+        total = questions.count() if num_questions is None else min(num_questions, questions.count())
+        graders = open_named_graders(questions.graders(), unsafe_local=unsafe_local)
+    about = {"source": source, "kind": kind, "subset": subset, "split": split, "num_questions": total}
+    generator: Generator
+    if endpoint is None:
+        if template_option:
+            raise ConfigError("--template-option needs --endpoint; the engine here uses the template as it is")
+        generator, found = _open_engine_generator(model, engine, params, questions)
+    else:
+        generator, found = (
+            _open_endpoint(
+                endpoint, model, api_key, params, _parse_options(template_option), max_requests, timeout_s, max_retries
+            ),
+            "",
+        )
+    settings = CollectSettings(
+        num_samples=samples,
+        seed=sampling["seed"] or 0,
+        concurrency=concurrency,
+        thinking_prefix=found if thinking_prefix is None else thinking_prefix.replace("\\n", "\n"),
+        retry_failed=retry_failed,
+    )
+    progress = Progress(total)
+    wanted = itertools.islice(questions, num_questions)
+    _run(wanted, generator, graders, out, settings, progress, about)
+    _report(questions, progress, out, as_json)
+    if not skip_bad_rows:
+        questions.check()
+
+
+def _run(
+    wanted: Any,
+    generator: Generator,
+    graders: Any,
+    out: Path,
+    settings: CollectSettings,
+    progress: Progress,
+    about: dict[str, Any],
+) -> None:
+    from pipo.data.collect import collect
+
+    try:
+        with _live(progress) as refresh:
+            asyncio.run(collect(wanted, generator, graders, out, settings, progress, about, refresh))
+    except (KeyboardInterrupt, Exception):
+        if progress.num_done:
+            console().print(f"{progress.num_done} more questions are in {out}; the same command goes on", markup=False)
+        raise
+    finally:
+        for grader in graders.values():
+            if hasattr(grader, "close"):
+                grader.close()
+
+
+def _open_engine_generator(
+    model: str, engine: dict[str, Any], params: SamplingParams, questions: QuestionFile
+) -> tuple[Generator, str]:
+    """The engine here, and what its chat template writes of the thinking block."""
+    from pipo.engine.generator import EngineGenerator, opening_of_thinking
+
+    with working(f"Loading {model}"):
+        llm = open_engine(model, engine)
+    first = next(iter(questions), None)
+    return EngineGenerator(llm, params, model), opening_of_thinking(llm, first.messages) if first else ""
+
+
+def _open_endpoint(
+    url: str,
+    model: str,
+    api_key: str | None,
+    params: SamplingParams,
+    template_options: dict[str, Any],
+    max_requests: int,
+    timeout_s: float,
+    max_retries: int,
+) -> Generator:
+    from dataclasses import asdict
+
+    from pipo.data.endpoint import Endpoint, EndpointSettings
+    from pipo.engine.request import SamplingParams
+
+    usual = asdict(SamplingParams())
+    chosen = {name: value for name, value in asdict(params).items() if value != usual[name]}
+    if refused := [name for name in ENGINE_ONLY if name in chosen]:
+        raise ConfigError(f"with --endpoint there is no {', '.join('--' + name.replace('_', '-') for name in refused)}")
+    settings = EndpointSettings(
+        base_url=url,
+        model=model,
+        sampling=chosen,
+        template_options=template_options,
+        max_requests=max_requests,
+        timeout_s=timeout_s,
+        max_retries=max_retries,
+    )
+    return Endpoint(settings, api_key)
+
+
+def _parse_options(texts: list[str]) -> dict[str, Any]:
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            options[name] = json.loads(value if equals and name else "")
+        except ValueError:
+            raise ConfigError(
+                f"--template-option takes NAME=JSON, such as enable_thinking=false, got {text!r}"
+            ) from None
+    return options
+
+
+def _status(progress: Progress) -> str:
+    accuracy = "" if progress.accuracy is None else f" · accuracy {progress.accuracy:.3f}"
+    failed = f" · {progress.num_failed} failed" if progress.num_failed else ""
+    return f"{progress.tokens_per_s:,.0f} tokens/s{accuracy}{failed}"
+
+
+@contextmanager
+def _live(progress: Progress) -> Iterator[Callable[[], None]]:
+    """Show how far it is: a bar on a terminal, else a line now and then."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    screen = console()
+    if not screen.is_terminal:
+        last = time.monotonic()
+
+        def tell() -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_EVERY_S:
+                last = time.monotonic()
+                done = progress.num_before + progress.num_done
+                screen.print(f"{done}/{progress.num_questions} questions · {_status(progress)}", markup=False)
+
+        yield tell
+        return
+    columns = (
+        TextColumn("Rollouts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("", total=progress.num_questions, status="")
+        yield lambda: bar.update(task, completed=progress.num_before + progress.num_done, status=_status(progress))
+
+
+def _report(questions: QuestionFile, progress: Progress, out: Path, as_json: bool) -> None:
+    bad = [{"line": row.line, "reason": row.reason} for row in questions.bad]
+    if as_json:
+        numbers = {name: value for name, value in vars(progress).items() if name.startswith("num_")}
+        more = {"accuracy": progress.accuracy, "tokens_per_s": progress.tokens_per_s, "bad": bad, "file": out}
+        print_json({**numbers, **more})
+        return
+    console(stderr=False).print(
+        f"{progress.num_before + progress.num_done} of {progress.num_questions} questions in {out}: {_status(progress)}",
+        markup=False,
+    )
+    for row in bad[:20]:
+        console().print(f"line {row['line']} is no question: {row['reason']}", markup=False)
