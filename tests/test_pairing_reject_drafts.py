@@ -42,6 +42,18 @@ def test_by_hand() -> None:
     assert (9, 9, 9, 0, 1, 0, 2, 3, 4, 5) in some
 
 
+def test_what_follows_an_odd_turn_stays_unsupervised() -> None:
+    """Breaks when the first token after a turn, which shares the turn's last pair, is learned as the turn's own."""
+    slots = slots_from_turns([([9, 9], False), ([1, 2, 3], True), ([8, 7], False), ([4, 5], True)], PAD)
+    assert slots.ids == [9, 9, 1, 2, 3, 8, 7, PAD, 4, 5]
+    for seed in range(20):
+        laid = reject_drafts(slots, 0.5, random.Random(seed), PAD)
+        assert teacher_tokens(laid) == teacher_tokens(slots)
+        learned = {label for label in laid.labels if label != IGNORE_INDEX}
+        assert learned == {1, 2, 3, 4, 5}
+    assert reject_drafts(slots, 0.0, random.Random(0), PAD) == slots
+
+
 def test_a_ratio_out_of_range_is_refused() -> None:
     with pytest.raises(PairingError, match=r"1\.5"):
         reject_drafts(slots_from_turns([([1, 2], True)], PAD), 1.5, random.Random(0), PAD)

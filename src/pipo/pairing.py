@@ -209,16 +209,25 @@ def reject_drafts(slots: Slots, ratio: float, rng: random.Random, pad_id: int) -
         first = 2 * pair
         while pair < len(slots.ids) // 2 and slots.labels[2 * pair] != IGNORE_INDEX:
             pair += 1
-        tokens = [slots.ids[slot] for slot in range(first, 2 * pair) if not slots.filler[slot]]
+        kept = [slot for slot in range(first, 2 * pair) if not slots.filler[slot]]
         at = 0
-        while at < len(tokens):
-            token2 = tokens[at + 1] if at + 1 < len(tokens) else None
-            commit = token2 is not None and rng.random() >= ratio
-            ids += [tokens[at], token2 if token2 is not None and commit else pad_id]
-            labels += [tokens[at], IGNORE_INDEX if token2 is None else token2]
+        while at < len(kept):
+            token1, token2 = kept[at], kept[at + 1] if at + 1 < len(kept) else None
+            # What follows a turn in its last pair is given, and no draft.
+            drafted = token2 is not None and slots.labels[token2] != IGNORE_INDEX
+            commit = token2 is not None and (not drafted or rng.random() >= ratio)
+            ids += [slots.ids[token1], slots.ids[token2] if token2 is not None and commit else pad_id]
+            labels += [slots.labels[token1], IGNORE_INDEX if token2 is None else slots.labels[token2]]
             filler += [False, not commit]
             at += 1 + commit
     return Slots(ids, labels, filler)
+
+
+def cut_slots(slots: Slots, max_slots: int) -> Slots:
+    """The first `max_slots` slots, an even number: no pair is cut."""
+    if max_slots < 0 or max_slots % 2:
+        raise PairingError(f"slots come in pairs: the number to keep must be even, got {max_slots}")
+    return Slots(slots.ids[:max_slots], slots.labels[:max_slots], slots.filler[:max_slots])
 
 
 # --- a regular teacher's view of paired text ----------------------------------------------------------
