@@ -34,6 +34,7 @@ __all__ = [
     "SourceItem",
     "count_rows",
     "is_local",
+    "load_dataset",
     "read_rows",
     "read_values",
     "refuse_bad",
@@ -203,10 +204,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(_load_dataset(name, split, subset), 1)
+    yield from enumerate(load_dataset(name, split, subset), 1)
 
 
-def _load_dataset(name: str, split: str, subset: str | None) -> Any:
+def load_dataset(name: str, split: str, subset: str | None) -> Any:
+    """A folder or a dataset on the hub, as `datasets` loads it.
+
+    Raises:
+        DataError: it can't be loaded.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -235,7 +241,7 @@ def count_rows(source: str | Path, *, split: str = "train", subset: str | None =
     """
     path = Path(source).expanduser()
     if not is_local(source) or path.is_dir():
-        return len(_load_dataset(str(path) if path.is_dir() else str(source), split, subset))
+        return len(load_dataset(str(path) if path.is_dir() else str(source), split, subset))
     return sum(1 for _ in read_values(source, split=split, subset=subset))
 
 
