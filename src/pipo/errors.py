@@ -8,6 +8,7 @@
     ├── SandboxError            a program of a model could not be run, which says nothing about the program
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     ├── EndpointError           a server that a run depends on can't be reached, or does not answer as it should
+    ├── TrainingError           a run of training can't go on
     └── RequestError            a generation request that can't be served as asked
         └── ContextLengthError  its prompt leaves no room to generate
 
@@ -28,6 +29,7 @@ __all__ = [
     "PipoError",
     "RequestError",
     "SandboxError",
+    "TrainingError",
     "UnsupportedModelError",
 ]
 
@@ -62,6 +64,10 @@ class UnsupportedModelError(PipoError, ValueError):
 
 class EndpointError(PipoError, ValueError):
     """A server that a run depends on can't be reached or does not answer as it should; the message names its address and words."""
+
+
+class TrainingError(PipoError, ValueError):
+    """A run of training can't go on: its folder is another run's, its numbers are not finite, one of its processes failed."""
 
 
 class RequestError(PipoError, ValueError):

@@ -14,9 +14,9 @@ from typing import Any
 
 from pipo.demo.evaluate import Checkpoints, Method, pipo_methods, solve_all, threshold_text
 from pipo.demo.recipe import Recipe, stage_folder, stage_model
-from pipo.demo.run_record import processor_name
 from pipo.demo.world import draw_problems
 from pipo.errors import CheckpointError
+from pipo.training.run_record import processor_name
 
 NUM_PROBLEMS = 150
 PROBLEM_SEED = 77_000

@@ -38,10 +38,10 @@ from pipo.demo.report import (
     nearest,
     regular,
 )
-from pipo.demo.run_record import processor_name
 from pipo.demo.tokenizer import piece_ids
 from pipo.demo.world import Problem, draw_problems
 from pipo.errors import CheckpointError, ConfigError
+from pipo.training.run_record import processor_name
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ("pipo", "regular", "teacher")

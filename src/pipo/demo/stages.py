@@ -23,11 +23,11 @@ from transformers import Qwen3Config
 from pipo.demo.batches import ExampleSource, paired_batch, regular_batch
 from pipo.demo.distil import distil_losses, roll_out
 from pipo.demo.recipe import Recipe, Stage, stage_folder, stage_model
-from pipo.demo.run_record import write_run_record
 from pipo.demo.tokenizer import build_tokenizer
 from pipo.engine.llm import LLM
 from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
+from pipo.training.run_record import write_run_record
 
 Losses = dict[str, Tensor]
 DemoModel = BaseForCausalLM | PipoForCausalLM

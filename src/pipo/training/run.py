@@ -1,0 +1,250 @@
+"""A run of training from its settings to its final weights: the one set-up that SFT and OPD share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging
+
+from pipo.data.conversation import load_tokenizer
+from pipo.errors import ConfigError
+from pipo.model.adapter import tokenizer_home
+from pipo.model.checkpoint import is_pipo
+from pipo.model.convert import as_dtype
+from pipo.model.files import find_checkpoint
+from pipo.model.fingerprint import base_fingerprint
+from pipo.model.modeling import PipoForCausalLM
+from pipo.training import distributed
+from pipo.training.batches import num_steps
+from pipo.training.checkpoints import Checkpoints, whole_folder
+from pipo.training.config import ModelSettings, OptimizerSettings, RunSettings, TrainingConfig
+from pipo.training.lora import Kind, Trainable, prepare_model
+from pipo.training.run_folder import RunFolder
+from pipo.training.trainer import PipoTrainer, Row
+from pipo.training.weights import WeightWriter
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What there is before data and trainer: the prepared model, on the CPU, and where it comes from."""
+
+    config: TrainingConfig
+    folder: Path
+    """Of the run."""
+    base: Path
+    """Of the model that training starts from."""
+    model: PipoForCausalLM
+    trainable: Trainable
+    tokenizer: Any
+    pad_id: int
+    args: TrainingArguments
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how a run goes, in the main process. `started`: what is trained, and the steps in all; `row`: each reported step."""
+
+    started: Callable[[Setup, int, int], None] = lambda setup, first_step, num_steps: None
+    row: Callable[[Row], None] = lambda row: None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What makes a run SFT or OPD.
+
+    `dataset`: examples (a map-style dataset, with `set_epoch` where it augments them and `lengths` where they are grouped);
+    `collate`: a micro-batch of them; `trainer`: the class; `options`: further arguments of its constructor.
+    """
+
+    kind: Kind
+    dataset: Callable[[Setup], Dataset[Any]]
+    collate: Callable[[Setup], Callable[[list[Any]], Any]]
+    trainer: type[PipoTrainer] = PipoTrainer
+    options: Callable[[Setup], Mapping[str, Any]] = field(default=lambda setup: {})
+
+
+def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, watch: Watch | None = None) -> Summary:
+    """Train, from the start or (with `resume`) from the last whole checkpoint, and write `final/`. Gives a summary of the run.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, TrainingError
+    """
+    watch = watch or Watch()
+    args = training_arguments(config.run, config.optimizer)
+    folder = RunFolder(Path(config.run.out), task.kind, config)
+    finished = distributed.on_main(lambda: folder.open(resume))
+    if finished is not None:
+        return finished
+    setup = _set_up(task.kind, config, args)
+    dataset = task.dataset(setup)
+    steps = num_steps(len(dataset), config.run, args.world_size)  # type: ignore[arg-type]
+    args.max_steps = steps
+    args.warmup_steps = ceil(config.optimizer.warmup * steps)
+    writer = _writer(setup)
+    checkpoints = Checkpoints(folder.checkpoints, config.run.keep, writer)
+    distributed.on_main(checkpoints.clean)
+    start = checkpoints.latest()
+    first_step = 0 if start is None else int(start.name.rpartition("-")[2])
+    about = {
+        "num_trained": setup.trainable.num_trained,
+        "num_parameters": setup.trainable.num_parameters,
+        "num_processes": args.world_size,
+        "num_examples": len(dataset),  # type: ignore[arg-type]
+        "num_steps": steps,
+    }
+    last: Row = {}
+
+    def on_row(row: Row) -> None:
+        folder.add_metrics(row)
+        last.update(row)
+        watch.row(row)
+
+    trainer = task.trainer(
+        setup.model,
+        args,
+        settings=config,
+        train_dataset=dataset,
+        collate=task.collate(setup),
+        checkpoints=checkpoints,
+        on_row=on_row,
+        callbacks=_trackers(config.run, folder.path),
+        **task.options(setup),
+    )
+    if distributed.is_main():
+        folder.truncate_metrics(first_step)
+        folder.record(status="running", **about)
+        watch.started(setup, first_step, steps)
+    began = time.perf_counter()
+    if first_step < steps:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    elif start is not None:  # killed between its last checkpoint and its end
+        checkpoints.load_weights(start, setup.model)
+    weights = writer.collect()
+
+    def finish() -> Summary:
+        with whole_folder(folder.final) as partial:
+            writer.write(partial, weights, dtype=as_dtype(config.model.dtype))
+        summary = {
+            "out": str(folder.path),
+            "final": str(folder.final),
+            "method": config.tuning.method,
+            **about,
+            "seconds": time.perf_counter() - began,
+            "metrics": dict(last),
+        }
+        folder.record(status="finished", **about, summary=summary)
+        return summary
+
+    return distributed.on_main(finish)
+
+
+def load_model(settings: ModelSettings, base: Path) -> PipoForCausalLM:
+    """The model to train, a PIPO checkpoint's or one that starts from a regular one.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError
+    """
+    options: dict[str, Any] = {"dtype": as_dtype(settings.dtype), "attn_implementation": settings.attention}
+    if is_pipo(base):
+        return PipoForCausalLM.from_pretrained(base, **options)
+    return PipoForCausalLM.from_base(base, compressor=settings.compressor, **options)
+
+
+def _set_up(kind: Kind, config: TrainingConfig, args: TrainingArguments) -> Setup:
+    set_seed(config.run.seed)  # of the confidence head's and LoRA's starts, the same in every process
+    distributed.on_main(lambda: find_checkpoint(config.model.path) and None)  # downloads it once
+    base = find_checkpoint(config.model.path)
+    model = load_model(config.model, base)
+    trainable = prepare_model(model, config.tuning, kind)
+    if config.run.gradient_checkpointing:
+        # Its name since transformers 5.23; both are non-reentrant by default.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    tokenizer = load_tokenizer(tokenizer_home(base))
+    pad_id = model.config.pad_token_id
+    if tokenizer is None:
+        raise ConfigError(
+            f"{config.model.path} has no tokenizer, which turns the data into tokens; put its files beside it"
+        )
+    if pad_id is None:
+        raise ConfigError(
+            f"{config.model.path} names no pad_token_id, which fills empty slots; set it in its config.json"
+        )
+    return Setup(config, Path(config.run.out), base, model, trainable, tokenizer, pad_id, args)
+
+
+def _writer(setup: Setup) -> WeightWriter:
+    path = Path(setup.config.model.path)
+    return WeightWriter(
+        setup.model,
+        setup.trainable,
+        # An adapter is loaded from wherever it is needed: a folder is named in full.
+        base=str(path.resolve()) if path.is_dir() else setup.config.model.path,
+        base_fingerprint=base_fingerprint(setup.base),
+        tokenizer=tokenizer_home(setup.base),
+    )
+
+
+def training_arguments(run: RunSettings, optimizer: OptimizerSettings) -> TrainingArguments:
+    """transformers' form of our settings, without the number of steps. Starts the process group where there are several processes."""
+    on_cpu = distributed.check_device(run)
+    logging.set_verbosity_error()
+    arguments = TrainingArguments(
+        output_dir=str(Path(run.out) / "checkpoints"),
+        seed=run.seed,
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.accumulation,
+        learning_rate=optimizer.lr,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[optimizer.schedule],
+        optim="adamw_torch_fused",
+        save_strategy="steps",
+        save_steps=run.save_every,
+        logging_strategy="steps",
+        logging_steps=run.log_every,
+        logging_nan_inf_filter=False,
+        log_level="error",
+        disable_tqdm=True,
+        report_to=[tracker for tracker in run.report_to if tracker != "tensorboard"],
+        run_name=Path(run.out).name,
+        project="pipo",
+        use_cpu=on_cpu,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        deepspeed=None,
+    )
+    _ = arguments.device  # sets the processes up
+    return arguments
+
+
+TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
+
+def _trackers(run: RunSettings, folder: Path) -> list[Any]:
+    """Checks that the trackers are installed; the callback of the one that needs to be told its folder."""
+    if missing := [
+        package for name, package in TRACKERS.items() if name in run.report_to and find_spec(package) is None
+    ]:
+        raise ConfigError(f"run.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}")
+    if "tensorboard" not in run.report_to or not distributed.is_main():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]

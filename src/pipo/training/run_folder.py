@@ -1,0 +1,125 @@
+"""A run's folder: `run.json` (what it is), `metrics.jsonl` (a row for each report), `checkpoints/` and, once it is done, `final/`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pipo.errors import TrainingError
+from pipo.model.files import read_json
+from pipo.training.config import TrainingConfig
+from pipo.training.run_record import write_run_record
+
+RUN, METRICS, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "checkpoints", "final"
+MAY_CHANGE = (
+    "run.out",
+    "run.save_every",
+    "run.keep",
+    "run.log_every",
+    "run.report_to",
+    "data.num_workers",
+    "data.cache",
+)
+"""Settings that a resumed run may have otherwise: they change nothing that is computed."""
+
+
+class RunFolder:
+    """The files of a run. Only the main process touches them."""
+
+    def __init__(self, path: Path, kind: str, config: TrainingConfig) -> None:
+        self.path = path
+        self.kind = kind
+        self.config = config
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def final(self) -> Path:
+        """Folder of what the run is for."""
+        return self.path / FINAL
+
+    def open(self, resume: bool) -> dict[str, Any] | None:
+        """Start a run, or go on with one; its summary where it is finished already.
+
+        Raises:
+            TrainingError: the folder holds something, and `resume` is off; or what it holds is not a run with these settings.
+        """
+        there = [path for path in self.path.iterdir() if path.suffix != ".partial"] if self.path.is_dir() else []
+        if not there:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir()
+            self.record(status="running")
+            return None
+        if not resume:
+            raise TrainingError(
+                f"{self.path} is not empty; go on with the run in it by --resume, or name another run.out"
+            )
+        if not (self.path / RUN).is_file():
+            raise TrainingError(f"{self.path} holds no {RUN}, so it is not a run to resume; name another run.out")
+        record = read_json(self.path / RUN)
+        self._match(record)
+        summary: dict[str, Any] | None = record["summary"] if record["status"] == "finished" else None
+        return summary
+
+    def _match(self, record: Mapping[str, Any]) -> None:
+        if record.get("kind") != self.kind:
+            raise TrainingError(
+                f"{self.path} is a run of {record.get('kind')}, not of {self.kind}; name another run.out"
+            )
+        ours, theirs = _flat(self.config.model_dump(mode="json")), _flat(record["config"])
+        differing = [
+            f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key) and key not in MAY_CHANGE
+        ]
+        if differing:
+            raise TrainingError(
+                f"{self.path} is a run with other settings: {'; '.join(differing)}. Resume with the same, or name another run.out"
+            )
+
+    def record(self, **content: Any) -> None:
+        """Write `run.json`: kind, status, settings, machine, and `content`."""
+        self.checkpoints.mkdir(exist_ok=True)
+        described = {"kind": self.kind, **content, "config": self.config.model_dump(mode="json")}
+        write_run_record(self.path / RUN, described)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget the rows after `step`, and one that a killed process left unfinished."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] > step:
+                break
+            kept.append(line + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+
+    def add_metrics(self, row: Mapping[str, float]) -> None:
+        """Append a row. What has no value (NaN) is null."""
+        plain = {key: value if isfinite(value) else None for key, value in row.items()}
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
