@@ -10,12 +10,13 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from pipo import PipoForCausalLM, reference
 from pipo.data.grade import Grade
+from pipo.data.prompts import Prompt
 from pipo.data.rows import OpdRow
 from pipo.losses import NumItems
 from pipo.pairing import IGNORE_INDEX as IGN
 from pipo.pairing import teacher_tokens
 from pipo.training.config import DivergenceSettings, LossSettings
-from pipo.training.distillation import Distillation, Prompt, RolloutCounts, StudentText
+from pipo.training.distillation import Distillation, RolloutCounts, StudentText
 from pipo.training.rollout import EngineRollouts
 from pipo.training.teacher import LocalTeacherModel
 from rollout_cases import PROMPTS, make_student, make_teacher, settings

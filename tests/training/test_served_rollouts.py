@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipo import LLM, PipoForCausalLM
+from opd_runs import serving
+from pipo import PipoForCausalLM
 from pipo.errors import EndpointError
-from pipo.server.app import create_app
-from pipo.server.lifecycle import Process, configure, listen
-from pipo.server.settings import ServerSettings
 from pipo.training.endpoint import Endpoint
 from pipo.training.rollout import EngineRollouts, Rollout, ServedRollouts, rollout_seed, slots_of_rollout
 from rollout_cases import PROMPTS, make_student, settings
@@ -34,15 +30,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def url(folders: list[Path]) -> Iterator[str]:
     """A server of the first one, in a thread."""
-    options = ServerSettings(port=0, api_key=KEY, allow_weight_updates=True)
-    app = create_app(LLM(folders[0], device="cpu", prefix_cache_bytes=2**22), options)
-    listener = listen(options)
-    process = Process(configure(app, options), app)
-    thread = threading.Thread(target=lambda: asyncio.run(process.serve(sockets=[listener])), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    process.should_exit = True
-    thread.join()
+    with serving(folders[0], api_key=KEY) as found:
+        yield found
 
 
 def alike(found: list[Rollout], expected: list[Rollout]) -> None:

@@ -117,6 +117,8 @@ class OpdDataSettings(DataSettings):
 
     max_prompt_tokens: int = Field(8_192, ge=1)
     """Longer prompts are left out, and counted."""
+    grade: bool = True
+    """Check rollouts whose rows name a grader, which is reported as their accuracy."""
 
 
 class RunSettings(Settings):
@@ -162,8 +164,13 @@ class SftConfig(Settings):
 class RolloutSettings(Settings):
     """How the student writes the text that it learns from: with the real decoding procedure, gate and all."""
 
-    backend: Literal["engine", "server"] = "engine"
-    """`engine`: the embedded one, on the very weights that are trained. `server`: one that takes weight updates."""
+    backend: Literal["engine", "server", "files"] = "engine"
+    """`engine`: the embedded one, on the very weights that are trained. `server`: one that takes weight updates. `files`: rollouts
+    that another run recorded, which the trained weights did not write."""
+    path: str | None = None
+    """Folder of recorded rollouts."""
+    record: bool = False
+    """Write every rollout to `rollouts` in the run's folder."""
     url: str | None = None
     """Of the server (`http://host:port`)."""
     api: Literal["pipo", "sglang"] = "pipo"
@@ -192,6 +199,8 @@ class RolloutSettings(Settings):
     def _fits(self) -> RolloutSettings:
         if (self.backend == "server") != (self.url is not None):
             raise ValueError("url goes with backend: server, and only with it")
+        if (self.backend == "files") != (self.path is not None):
+            raise ValueError("path goes with backend: files, and only with it")
         if self.always_share + self.never_share > 1:
             raise ValueError(
                 f"always_share + never_share must be at most 1, got {self.always_share + self.never_share}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipo.data.grade import Grader
-from pipo.data.rows import OpdRow
+from pipo.data.prompts import Prompt
 from pipo.losses import DistilledObjective, NumItems, PairObjective, Teacher
 from pipo.pairing import TOKEN1_LABELS, TOKEN2_LABELS, Slots
 from pipo.training.config import DivergenceSettings, LossSettings
@@ -24,15 +24,6 @@ from pipo.training.teacher import CommonVocabulary, TeacherModel
 
 T = TypeVar("T")
 GRADING_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the student is asked. `index`: its place in the data, which with the step decides the draw."""
-
-    index: int
-    token_ids: list[int]
-    row: OpdRow | None = None
 
 
 @dataclass(frozen=True)
@@ -156,12 +147,13 @@ class Distillation:
         if not asked:
             return
         with ThreadPoolExecutor(GRADING_THREADS) as pool:
-            grades = list(pool.map(lambda one: one[0].grade(one[1], self._text(one[2])), asked))
+            grades = list(pool.map(lambda one: one[0].grade(one[1], self.text_of(one[2])), asked))
         known = [grade.accuracy for grade in grades if grade.accuracy is not None]
         self.counts.num_graded, self.counts.num_right = len(known), int(sum(known))
         self.seconds["grading_s"] += time.perf_counter() - began
 
-    def _text(self, rollout: Rollout) -> str:
+    def text_of(self, rollout: Rollout) -> str:
+        """What a reader sees of a rollout."""
         ids = rollout.token_ids[:-1] if rollout.finished else rollout.token_ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from pipo.engine.llm import LLM
-from pipo.engine.request import PairRecord, RequestOutput, SamplingParams
+from pipo.engine.request import PairRecord as PairRecord
+from pipo.engine.request import RequestOutput, SamplingParams
 from pipo.errors import ConfigError, EndpointError
 from pipo.model.modeling import PipoForCausalLM
 from pipo.pairing import IGNORE_INDEX, Slots, pair_slots_from_tokens

@@ -1,0 +1,276 @@
+"""On-policy distillation: the student writes, a teacher judges, both heads and the gate learn from it. Section 3.2 of the paper.
+
+An optimiser step is one set of rollouts: its prompts are drawn and answered together, by the weights as they are, and never used again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pipo.data.collate import collate_slots
+from pipo.data.conversation import load_tokenizer
+from pipo.data.grade import Grader
+from pipo.data.prompts import PromptDataset, build_prompt_dataset
+from pipo.errors import ConfigError
+from pipo.losses import NumItems, PairObjective
+from pipo.model.base import BaseForCausalLM
+from pipo.model.checkpoint import is_pipo
+from pipo.model.files import find_checkpoint
+from pipo.training import distributed
+from pipo.training.checkpoints import whole_folder
+from pipo.training.config import OpdConfig, RolloutSettings, TeacherSettings
+from pipo.training.distillation import Distillation, RolloutCounts, StudentText
+from pipo.training.endpoint import Endpoint
+from pipo.training.recorded import RecordedRollouts, RecordingRollouts
+from pipo.training.rollout import EngineRollouts, RolloutSource, ServedRollouts
+from pipo.training.run import Setup, Summary, Task, Watch, run_training
+from pipo.training.served_teacher import ServedTeacherModel, TeacherFiles
+from pipo.training.teacher import LocalTeacherModel, TeacherModel, common_vocabulary
+from pipo.training.trainer import PipoTrainer, Row
+from pipo.training.weights import WeightWriter
+
+
+class WeightSync:
+    """Keeps a server's weights those that are trained.
+
+    Args:
+        folder: for the weights on their way, which the server reads too.
+        every: optimiser steps between two updates. In between, rollouts are a little off-policy.
+    """
+
+    def __init__(self, server: ServedRollouts, folder: Path, every: int) -> None:
+        self.server = server
+        self.folder = folder.resolve()
+        self.every = every
+        self._sent = False
+
+    def bring_up_to_date(self, step: int, writer: WeightWriter) -> None:
+        """Before the rollouts of `step`. Every process calls this. The first call sends in any case: nobody knows what is served.
+
+        Raises:
+            CheckpointError: the weights can't be written. EndpointError: the server can't take them.
+        """
+        if self._sent and step % self.every:
+            return
+        weights = writer.collect()
+
+        def send() -> None:
+            place = self.folder / f"step-{step}"
+            with whole_folder(place) as partial:
+                writer.write(partial, weights, dtype=writer.model.dtype)
+            self.server.update_weights(place)
+            shutil.rmtree(place)
+
+        distributed.on_main(send)
+        self._sent = True
+
+
+class OpdTrainer(PipoTrainer):
+    """Trains on rollouts of the model itself. The dataset yields prompts (`collate` leaves them a list)."""
+
+    def __init__(
+        self,
+        *args: Any,
+        distillation: Distillation,
+        sync: WeightSync | None = None,
+        record: bool = False,
+        **options: Any,
+    ) -> None:
+        """As :class:`PipoTrainer`. `sync`: where a server rolls out. `record`: write the rollouts to the run's folder."""
+        super().__init__(*args, **options)
+        self.distillation = distillation
+        self.sync = sync
+        self._counts = RolloutCounts().as_tensor()
+        if record:
+            distillation.rollouts = RecordingRollouts(
+                distillation.rollouts,
+                Path(self.settings.run.out) / "rollouts",
+                lambda: self.state.global_step,
+                distributed.process_index(),
+                distillation.text_of,
+            )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Mapping[str, Any]], NumItems]:
+        """Answer the prompts of an optimiser step, all of them together, and deal the answers out to its micro-batches."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        step = self.state.global_step
+        if self.sync is not None:
+            self.sync.bring_up_to_date(step, self.checkpoints.writer)
+        texts = self.distillation.roll_out([prompt for batch in batches for prompt in batch], step)
+        self._counts += self.distillation.counts.as_tensor()
+        if self.settings.run.group_by_length:
+            texts.sort(key=lambda text: len(text.slots.ids))
+        samples: list[Mapping[str, Any]] = []
+        for batch in batches:
+            samples.append(self._micro_batch(texts[: len(batch)]))
+            texts = texts[len(batch) :]
+        return samples, self.count_items([sample["labels"] for sample in samples])
+
+    def _micro_batch(self, texts: Sequence[StudentText]) -> Mapping[str, Any]:
+        return {**collate_slots([text.slots for text in texts], self.distillation.pad_id), "texts": list(texts)}
+
+    def objective(self, inputs: Mapping[str, Any], num_items: NumItems) -> PairObjective:
+        """Both heads against the teacher, who is asked now: what it says of one micro-batch is all that is kept of it."""
+        return self.distillation.objective(inputs["texts"], num_items, self.args.device)
+
+    def extra_metrics(self) -> Row:
+        """What was written since the last report, and what took how long (in the mean over processes)."""
+        counts = distributed.add_ranks(self._counts.to(self.args.device)).cpu()
+        self._counts = RolloutCounts().as_tensor()
+        seconds = self.distillation.take_seconds()
+        total = distributed.add_ranks(torch.tensor(list(seconds.values()), device=self.args.device))
+        shares = (total / distributed.num_processes()).tolist()
+        return {**RolloutCounts.of_tensor(counts).metrics(), **dict(zip(seconds, shares, strict=True))}
+
+
+# --- a run ----------------------------------------------------------------------------------------------
+
+OpenGraders = Callable[[set[str]], Mapping[str, Grader]]
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a run gets from outside: graders by the names that rows use, and the keys of its servers."""
+
+    open_graders: OpenGraders = lambda names: {}
+    rollout_key: str | None = None
+    teacher_key: str | None = None
+
+
+def run_opd(
+    config: OpdConfig, *, resume: bool = False, watch: Watch | None = None, outside: Outside | None = None
+) -> Summary:
+    """Distil, from the start or (with `resume`) from the last whole checkpoint, and write `final/`. Gives a summary of the run.
+
+    Raises:
+        ConfigError: settings that don't go together. EndpointError: a server can't be reached.
+        CheckpointError, DataError, TrainingError
+    """
+    check_config(config)
+    outside = outside or Outside()
+
+    made: list[PromptDataset] = []
+
+    def dataset(setup: Setup) -> PromptDataset:
+        made.append(
+            build_prompt_dataset(
+                config.data.train,
+                setup.tokenizer,
+                max_prompt_tokens=config.data.max_prompt_tokens,
+                template_options=config.data.template_options,
+                num_examples=config.data.num_examples,
+                split=config.data.split,
+                subset=config.data.subset,
+            )
+        )
+        return made[-1]
+
+    def options(setup: Setup) -> Mapping[str, Any]:
+        return trainer_options(setup, made[-1], outside)
+
+    task = Task("opd", dataset, lambda setup: list, OpdTrainer, options)
+    return run_training(task, config, resume=resume, watch=watch)
+
+
+def check_config(config: OpdConfig) -> None:
+    """Raise `ConfigError` for settings that don't go together."""
+    rollout, run = config.rollout, config.run
+    if rollout.backend == "engine" and run.strategy == "fsdp2":
+        raise ConfigError(
+            "rollout.backend: engine can't run on weights that are sharded (run.strategy: fsdp2): every process would have to step "
+            "with the others, sample by sample. Use run.strategy: ddp or zero2, or rollout.backend: server"
+        )
+    if rollout.backend == "server" and run.save_every % rollout.sync_every:
+        raise ConfigError(
+            f"run.save_every ({run.save_every}) must be a multiple of rollout.sync_every ({rollout.sync_every}): a run that goes on from a "
+            "checkpoint sends its weights anew, which an undisturbed one would not have done there"
+        )
+    if config.divergence.mode == "sampled" and config.divergence.beta != 1:
+        raise ConfigError(
+            f"divergence.mode: sampled estimates the reverse KL alone, so divergence.beta must be 1, got {config.divergence.beta}"
+        )
+    if config.divergence.mode == "full" and config.teacher.backend != "local":
+        raise ConfigError(
+            f"divergence.mode: full needs a teacher's whole vocabulary, and teacher.backend: {config.teacher.backend} gives the best few: "
+            "use topk or sampled, or a local teacher"
+        )
+
+
+def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> Mapping[str, Any]:
+    """What :class:`OpdTrainer` takes beside a :class:`PipoTrainer`'s arguments."""
+    config = cast(OpdConfig, setup.config)
+    rollouts = open_rollouts(setup, config.rollout, outside.rollout_key)
+    sync = None
+    if isinstance(rollouts, ServedRollouts):
+        sync = WeightSync(rollouts, setup.folder / "sync", config.rollout.sync_every)
+    vocab_size = int(setup.model.config.vocab_size)
+    teacher, common = open_teacher(setup, config.teacher, vocab_size, outside.teacher_key)
+    rows = [prompts[index].row for index in range(len(prompts))]
+    names = {row.grader for row in rows if row is not None and row.grader is not None}
+    distillation = Distillation(
+        rollouts,
+        teacher,
+        config.divergence,
+        config.loss,
+        pad_id=setup.pad_id,
+        seed=config.run.seed,
+        vocab_size=None if common == vocab_size else common,
+        graders=outside.open_graders(names) if names and config.data.grade else {},
+        tokenizer=setup.tokenizer,
+    )
+    return {"distillation": distillation, "sync": sync, "record": config.rollout.record}
+
+
+def open_rollouts(setup: Setup, settings: RolloutSettings, api_key: str | None) -> RolloutSource:
+    """The source of rollouts that the settings name."""
+    stop_ids = stop_ids_of(setup)
+    if settings.backend == "files":
+        assert settings.path is not None
+        return RecordedRollouts(settings.path)
+    if settings.backend == "server":
+        assert settings.url is not None
+        return ServedRollouts(Endpoint(settings.url, api_key), settings, stop_ids)
+    narrow = torch.bfloat16 if setup.config.model.dtype == "bfloat16" else None
+    return EngineRollouts(setup.model, settings, stop_ids, autocast=narrow)
+
+
+def stop_ids_of(setup: Setup) -> list[int]:
+    """Ids that end a text when the model is served: the tokenizer's, and those of its generation defaults."""
+    defaults = setup.model.generation_config
+    found = [setup.tokenizer.eos_token_id, None if defaults is None else defaults.eos_token_id]
+    return sorted({int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
+
+
+def open_teacher(
+    setup: Setup, settings: TeacherSettings, vocab_size: int, api_key: str | None
+) -> tuple[TeacherModel, int]:
+    """The teacher that the settings name, and the number of vocabulary entries that it shares with the student."""
+    if settings.backend == "files":
+        assert settings.path is not None
+        return TeacherFiles(settings.path, vocab_size), vocab_size
+    if settings.backend == "server":
+        assert settings.url is not None
+        endpoint = Endpoint(settings.url, api_key)
+        options: Any = {"api": settings.api, "model": settings.model, "top_k": settings.top_k}
+        return ServedTeacherModel(endpoint, vocab_size, **options), vocab_size
+    assert settings.path is not None
+    path = settings.path
+    distributed.on_main(lambda: find_checkpoint(path) and None)  # downloads it once
+    folder = find_checkpoint(path)
+    if is_pipo(folder):
+        raise ConfigError(
+            f"teacher.path: {path} is a PIPO checkpoint, and a teacher is a regular model, such as the one it was made of"
+        )
+    model = BaseForCausalLM.from_pretrained(
+        folder, dtype=settings.dtype, attn_implementation=setup.config.model.attention
+    )
+    common = common_vocabulary(setup.tokenizer, load_tokenizer(folder), vocab_size, int(model.config.vocab_size))
+    return LocalTeacherModel(model, common, shard=settings.shard, device=setup.args.device), common

@@ -1,0 +1,223 @@
+"""OPD as a run: from its settings to an adapter, resumed, and against the specification."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd_runs import losses_of, make_config, make_world, rows_of, serving
+from pipo import BaseForCausalLM, PipoForCausalLM, reference
+from pipo.data.grade import Grade
+from pipo.errors import ConfigError, DataError
+from pipo.pairing import IGNORE_INDEX as IGN
+from pipo.pairing import teacher_tokens
+from pipo.training.distillation import Distillation, StudentText
+from pipo.training.opd import OpdTrainer, Outside, run_opd
+from pipo.training.recorded import texts_of
+from pipo.training.run import Watch
+from pipo.training.served_teacher import LocalScorer, write_teacher_files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps, whose rollouts are recorded."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_opd(
+        make_config(world, out, rollout={"record": True}), outside=Outside(lambda names: dict.fromkeys(names, Long()))
+    )
+    return out
+
+
+class Long:
+    """Right where the text has more than ten characters."""
+
+    def grade(self, question: Any, text: str) -> Grade:
+        return Grade(len(text) > 10)
+
+
+# --- a run
+
+
+def test_a_run_reports_what_was_written_and_leaves_an_adapter(undisturbed: Path, world: Path):
+    rows = rows_of(undisturbed)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["num_rollouts"] == 4
+        assert 0 < row["rollout_slots"] <= 16
+        assert 0 < row["rollout_commit_rate"] < 1
+        assert row["rollout_rejected_drafts"] > 0
+        assert row["rollout_tokens_per_step"] == pytest.approx(1 + row["rollout_commit_rate"])
+        assert 0 <= row["rollout_accuracy"] <= 1
+        assert 0 <= row["rollout_finished"] <= 1
+        assert row["rollout_s"] > 0
+        assert row["teacher_s"] > 0
+    trained = PipoForCausalLM.from_pretrained(undisturbed / "final")
+    start = PipoForCausalLM.from_pretrained(world / "student")
+    changed = {
+        n.split(".")[0]
+        for (n, a), b in zip(trained.named_parameters(), start.parameters(), strict=True)
+        if not a.equal(b)
+    }
+    assert {"model", "mtp", "compressor", "confidence_head"} <= changed
+    assert json.loads((undisturbed / "run.json").read_text())["status"] == "finished"
+
+
+def test_the_first_step_has_the_losses_of_the_specification(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of what was rolled out, on the weights as they were. All four prompts of the step are rolled out in one call."""
+    calls: list[list[StudentText]] = []
+    original = Distillation.roll_out
+
+    def watch(self: Distillation, *args: Any) -> list[StudentText]:
+        calls.append(original(self, *args))
+        return calls[-1]
+
+    monkeypatch.setattr(Distillation, "roll_out", watch)
+    run_opd(make_config(world, tmp_path / "run", run={"max_steps": 1}))
+    (texts,) = calls
+    assert len(texts) == 4
+    student = PipoForCausalLM.from_pretrained(world / "student")
+    teacher = BaseForCausalLM.from_pretrained(world / "teacher")
+    sums, counts = [0.0, 0.0, 0.0], [0, 0, 0]
+    for text in texts:
+        with torch.no_grad():
+            output = student(input_ids=torch.tensor([text.slots.ids]), return_logits=True)
+            teacher_NV = teacher(torch.tensor([teacher_tokens(text.slots)]), return_logits=True).logits[0]
+        logits = output.logits[0], output.mtp_logits[0], output.confidence_logits[0]
+        losses = reference.opd_losses(*logits, teacher_NV, text.slots, "topk", top_k=4)
+        numbers = [sum(label != IGN for label in text.slots.labels[2 + which :: 2]) for which in (0, 1, 1)]
+        sums = [total + float(loss) * number for total, loss, number in zip(sums, losses, numbers, strict=True)]
+        counts = [total + number for total, number in zip(counts, numbers, strict=True)]
+    (row,) = rows_of(tmp_path / "run")
+    found = [row[name] for name in ("backbone_loss", "mtp_loss", "confidence_loss")]
+    assert found == pytest.approx([total / count for total, count in zip(sums, counts, strict=True)], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "topk", "sampled"])
+def test_a_changed_teacher_changes_the_gradient_of_a_step(
+    mode: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Through the trainer's own path, on the same rollouts, in every mode, for every part that is trained."""
+    gradients: list[dict[str, torch.Tensor]] = []
+    original = OpdTrainer._get_grad_norm
+
+    def watch(self: OpdTrainer, model: Any, **options: Any) -> float:
+        found = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients.append(found)
+        return original(self, model, **options)
+
+    monkeypatch.setattr(OpdTrainer, "_get_grad_norm", watch)
+    for teacher in ("teacher", "other"):
+        groups = {"run": {"max_steps": 1}, "teacher": {"path": str(world / teacher)}, "divergence": {"mode": mode}}
+        run_opd(make_config(world, tmp_path / teacher, **groups))
+    one, other = gradients
+    for part in ("model.layers", "mtp.layers", "mtp.fc", "compressor", "confidence_head"):
+        pairs = [(one[name], other[name]) for name in one if name.startswith(part)]
+        size = sum(float(a.square().sum()) for a, _ in pairs) ** 0.5
+        apart = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+        assert apart > 0.02 * size > 0, part
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses(undisturbed: Path, world: Path, tmp_path: Path):
+    """Stopped in its third step, it goes on from the checkpoint of its second. Breaks where a rollout's draw, the order of prompts or
+    the gate's threshold depends on anything but seed, step and prompt."""
+
+    def stop(row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    config = make_config(world, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run_opd(config, watch=Watch(row=stop))
+    run_opd(config, resume=True)
+    assert losses_of(tmp_path / "run") == losses_of(undisturbed)
+
+
+def test_the_split_into_micro_batches_changes_no_loss(undisturbed: Path, world: Path, tmp_path: Path):
+    run_opd(make_config(world, tmp_path / "run", run={"batch_size": 1, "accumulation": 4}))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(undisturbed), rel=1e-4)
+
+
+def test_recorded_rollouts_and_a_teacher_in_files_need_neither_engine_nor_teacher(
+    undisturbed: Path, world: Path, tmp_path: Path
+):
+    """The same texts, and the same losses up to the teacher's tokens that were not written down."""
+    write_teacher_files(
+        tmp_path / "t",
+        texts_of(undisturbed / "rollouts"),
+        LocalScorer(BaseForCausalLM.from_pretrained(world / "teacher"), 259),
+    )
+    groups = {
+        "rollout": {"backend": "files", "path": str(undisturbed / "rollouts")},
+        "teacher": {"backend": "files", "path": str(tmp_path / "t")},
+    }
+    run_opd(make_config(world, tmp_path / "run", **groups))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(undisturbed), rel=1e-3)
+    with pytest.raises(DataError, match="no rollout of"):
+        run_opd(make_config(world, tmp_path / "other", **groups, run={"seed": 1}))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_rollouts_of_a_server_give_the_losses_of_those_of_the_engine(method: str, world: Path, tmp_path: Path):
+    """Three steps: the server must have the weights of each, of an adapter or a whole model, before it writes."""
+    tuning = {"tuning": {"method": method}}
+    run_opd(make_config(world, tmp_path / "engine", **tuning))
+    with serving(world / "student") as url:
+        run_opd(make_config(world, tmp_path / "served", rollout={"backend": "server", "url": url}, **tuning))
+    assert losses_of(tmp_path / "served") == pytest.approx(losses_of(tmp_path / "engine"), rel=2e-3)
+    assert list((tmp_path / "served" / "sync").iterdir()) == []
+
+
+def test_bfloat16_with_checkpointing_and_dropout_runs(world: Path, tmp_path: Path):
+    groups = {
+        "model": {"dtype": "bfloat16"},
+        "teacher": {"dtype": "bfloat16"},
+        "tuning": {"dropout": 0.1},
+        "run": {"max_steps": 2},
+    }
+    run_opd(make_config(world, tmp_path / "run", **groups))
+    assert all(abs(value) < 100 for value in losses_of(tmp_path / "run"))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("groups", "named"),
+    [
+        ({"run": {"strategy": "fsdp2"}}, "rollout.backend: engine can't run on weights that are sharded"),
+        ({"rollout": {"backend": "server", "url": "http://x", "sync_every": 3}}, "multiple of rollout.sync_every"),
+        ({"divergence": {"mode": "sampled", "beta": 0.5}}, "divergence.beta must be 1"),
+        ({"divergence": {"mode": "full"}, "teacher": {"backend": "files"}}, "a teacher's whole vocabulary"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_loaded(
+    groups: Any, named: str, world: Path, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=named):
+        run_opd(make_config(world, tmp_path / "run", **groups))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_writes_pairs_or_speaks_otherwise_is_refused(world: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="is a PIPO checkpoint"):
+        run_opd(make_config(world, tmp_path / "a", teacher={"path": str(world / "student")}))
+    import shutil
+
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    tokenizer = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="must share a vocabulary"):
+        run_opd(make_config(world, tmp_path / "b", teacher={"path": str(tmp_path / "teacher")}))
