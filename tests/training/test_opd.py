@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +181,20 @@ def test_rollouts_of_a_server_give_the_losses_of_those_of_the_engine(method: str
     assert list((tmp_path / "served" / "sync").iterdir()) == []
 
 
+def test_two_processes_give_the_losses_of_one(undisturbed: Path, world: Path, tmp_path: Path):
+    """DDP with the engine in each process, then FSDP2 with a server that is sent the gathered weights; a sharded teacher in both.
+    Breaks where a draw depends on the process, counts are a process's own, or the server gets a part of the weights."""
+    script = Path(__file__).parent.parent / "opd_process.py"
+    with serving(world / "student") as url:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        done = subprocess.run(
+            [*command, str(world), str(tmp_path), url], capture_output=True, text=True, timeout=300, check=False
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("ddp", "fsdp2"):
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(undisturbed), rel=2e-3), name
+
+
 def test_bfloat16_with_checkpointing_and_dropout_runs(world: Path, tmp_path: Path):
     groups = {
         "model": {"dtype": "bfloat16"},
@@ -212,8 +229,6 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_loaded(
 def test_a_teacher_that_writes_pairs_or_speaks_otherwise_is_refused(world: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="is a PIPO checkpoint"):
         run_opd(make_config(world, tmp_path / "a", teacher={"path": str(world / "student")}))
-    import shutil
-
     shutil.copytree(world / "teacher", tmp_path / "teacher")
     tokenizer = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -221,3 +236,13 @@ def test_a_teacher_that_writes_pairs_or_speaks_otherwise_is_refused(world: Path,
     (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="must share a vocabulary"):
         run_opd(make_config(world, tmp_path / "b", teacher={"path": str(tmp_path / "teacher")}))
+
+
+def test_a_grader_that_can_not_work_is_an_error_that_says_how_to_go_without(world: Path, tmp_path: Path):
+    def refuse(names: set[str]) -> Any:
+        raise DataError(f"there is no grader {', '.join(names)}")
+
+    with pytest.raises(ConfigError, match="no grader long. Or leave rollouts unchecked: data.grade: false"):
+        run_opd(make_config(world, tmp_path / "a"), outside=Outside(refuse))
+    run_opd(make_config(world, tmp_path / "b", data={"grade": False}, run={"max_steps": 1}), outside=Outside(refuse))
+    assert "rollout_accuracy" not in rows_of(tmp_path / "b")[0]

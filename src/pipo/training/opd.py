@@ -17,7 +17,7 @@ from pipo.data.collate import collate_slots
 from pipo.data.conversation import load_tokenizer
 from pipo.data.grade import Grader
 from pipo.data.prompts import PromptDataset, build_prompt_dataset
-from pipo.errors import ConfigError
+from pipo.errors import ConfigError, DataError
 from pipo.losses import NumItems, PairObjective
 from pipo.model.base import BaseForCausalLM
 from pipo.model.checkpoint import is_pipo
@@ -213,8 +213,6 @@ def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> M
         sync = WeightSync(rollouts, setup.folder / "sync", config.rollout.sync_every)
     vocab_size = int(setup.model.config.vocab_size)
     teacher, common = open_teacher(setup, config.teacher, vocab_size, outside.teacher_key)
-    rows = [prompts[index].row for index in range(len(prompts))]
-    names = {row.grader for row in rows if row is not None and row.grader is not None}
     distillation = Distillation(
         rollouts,
         teacher,
@@ -223,10 +221,19 @@ def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> M
         pad_id=setup.pad_id,
         seed=config.run.seed,
         vocab_size=None if common == vocab_size else common,
-        graders=outside.open_graders(names) if names and config.data.grade else {},
+        graders=_open_graders(prompts, outside) if config.data.grade else {},
         tokenizer=setup.tokenizer,
     )
     return {"distillation": distillation, "sync": sync, "record": config.rollout.record}
+
+
+def _open_graders(prompts: PromptDataset, outside: Outside) -> Mapping[str, Grader]:
+    rows = [prompts[index].row for index in range(len(prompts))]
+    names = {row.grader for row in rows if row is not None and row.grader is not None}
+    try:
+        return outside.open_graders(names)
+    except (ConfigError, DataError) as error:
+        raise ConfigError(f"{error}. Or leave rollouts unchecked: data.grade: false") from error
 
 
 def open_rollouts(setup: Setup, settings: RolloutSettings, api_key: str | None) -> RolloutSource:
