@@ -242,7 +242,7 @@ def test_a_grader_that_can_not_work_is_an_error_that_says_how_to_go_without(worl
     def refuse(names: set[str]) -> Any:
         raise DataError(f"there is no grader {', '.join(names)}")
 
-    with pytest.raises(ConfigError, match="no grader long. Or leave rollouts unchecked: data.grade: false"):
+    with pytest.raises(ConfigError, match=r"no grader long\. Or leave rollouts unchecked: data\.grade: false"):
         run_opd(make_config(world, tmp_path / "a"), outside=Outside(refuse))
     run_opd(make_config(world, tmp_path / "b", data={"grade": False}, run={"max_steps": 1}), outside=Outside(refuse))
     assert "rollout_accuracy" not in rows_of(tmp_path / "b")[0]
