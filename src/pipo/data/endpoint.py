@@ -98,7 +98,7 @@ class Endpoint:
                     problem, wait_s = self._judge(error), _asked_wait(error)
                     if error.status_code not in TRY_AGAIN and error.status_code < 500:
                         return Sample.failed(problem)
-                except self._openai.OpenAIError as error:
+                except (self._openai.OpenAIError, ValueError) as error:
                     problem, wait_s = f"no answer that can be read: {error}", None
                 if attempt < self.settings.max_retries:
                     await asyncio.sleep(self._wait(attempt) if wait_s is None else wait_s)
@@ -122,16 +122,21 @@ class Endpoint:
         return said
 
     def _read(self, reply: Any) -> Sample:
-        """A reply as a sample. One without text or usage is an answer that can't be read."""
-        choices = getattr(reply, "choices", None)
+        """A reply as a sample.
+
+        Raises:
+            ValueError: it has no text or no usage; the client checks neither.
+        """
+        choices, usage = getattr(reply, "choices", None), getattr(reply, "usage", None)
         if not choices or choices[0].message is None:
-            raise self._openai.OpenAIError("a reply without choices")
-        choice, usage = choices[0], reply.usage
-        if usage is None or usage.completion_tokens is None:
-            raise self._openai.OpenAIError("a reply without usage, so that its tokens can't be counted")
-        message = choice.message
-        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+            raise ValueError("a reply without choices")
+        if usage is None or not isinstance(usage.completion_tokens, int):
+            raise ValueError("a reply without usage, so that its tokens can't be counted")
+        choice, message = choices[0], choices[0].message
         text = message.content or ""
+        reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+        if not isinstance(text, str) or not isinstance(reasoning, str):
+            raise ValueError("a reply whose content is no text")
         finished = choice.finish_reason == "stop"
         if reasoning:
             # A server that takes the thinking out of the text has to be undone: what is learned is the whole.

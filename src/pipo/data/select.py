@@ -206,31 +206,37 @@ def _split(sources: Sequence[str | Path], settings: SelectSettings) -> dict[str,
     """The part of each group of questions that belong together.
 
     By order, a dataset's boundary is where its settings file says that the questions end, so that a file that is not complete yet
-    is split as the complete one will be; without such a file, its questions are counted.
+    is split as the complete one will be; without such a file, or where one file mixes datasets, its questions are counted.
     """
     first: dict[str, dict[str, int]] = {}  # of each dataset: its groups, with their lowest index
     totals: dict[str, int] = {}
     for source in sources:
-        planned = (read_meta(source) or {}).get("num_questions")
+        found: dict[str, int] = {}  # of each dataset in this file: the highest index
         for _, row in read_rows(source, RolloutRow):
             item = row.src_item
             groups = first.setdefault(item.dataset, {})
             group = _group(row)
             groups[group] = min(item.micro_index, groups.get(group, item.micro_index))
-            if planned is not None:
-                totals[item.dataset] = max(int(planned), totals.get(item.dataset, 0))
+            found[item.dataset] = max(item.micro_index, found.get(item.dataset, 0))
+        planned = (read_meta(source) or {}).get("num_questions")
+        if planned is not None and len(found) == 1:
+            (dataset,) = found
+            totals[dataset] = max(int(planned), found[dataset] + 1, totals.get(dataset, 0))
     parts: dict[str, Part] = {}
     for dataset, groups in first.items():
-        order = sorted(groups, key=lambda group: groups[group])
-        for rank, group in enumerate(order):
-            if settings.split_seed is not None:
-                early = _fraction(settings.split_seed, group) < settings.sft_share
-            elif dataset in totals:
-                early = groups[group] < round(settings.sft_share * totals[dataset])
-            else:
-                early = rank < round(settings.sft_share * len(order))
+        for group, early in _early(groups, totals.get(dataset), settings).items():
             parts.setdefault(group, "sft" if early else "opd")
     return parts
+
+
+def _early(groups: dict[str, int], total: int | None, settings: SelectSettings) -> dict[str, bool]:
+    """Of each group of a dataset, whether it is in the first part. `total`: questions of the dataset, where that is known."""
+    if settings.split_seed is not None:
+        return {group: _fraction(settings.split_seed, group) < settings.sft_share for group in groups}
+    if total is not None:
+        return {group: index < round(settings.sft_share * total) for group, index in groups.items()}
+    order = sorted(groups, key=lambda group: groups[group])
+    return {group: rank < round(settings.sft_share * len(order)) for rank, group in enumerate(order)}
 
 
 def _group(row: RolloutRow) -> str:

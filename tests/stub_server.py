@@ -1,0 +1,68 @@
+"""A stand-in for an OpenAI-compatible server that answers by a script, in a thread of the test's process."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def reply(text="4", finish_reason="stop", num_tokens=3, usage=True, **message):
+    """The body of a chat completion."""
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **message}}
+    details = {"rejected_prediction_tokens": 2}
+    counts = {
+        "prompt_tokens": 7,
+        "completion_tokens": num_tokens,
+        "total_tokens": 7,
+        "completion_tokens_details": details,
+    }
+    body = {"id": "r1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    return {**body, "usage": counts} if usage else body
+
+
+class StubServer:
+    """`script(request, number)` gives for each request a body, `(status, body)`, bytes (sent as they are), or one of
+    `"hang"` and `"cut"` (a connection that breaks in the middle)."""
+
+    def __init__(self, script):
+        self.requests = []
+        self.headers = []
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                stub.requests.append(request)
+                stub.headers.append(dict(self.headers))
+                self.answer(script(request, len(stub.requests) - 1))
+
+            def answer(self, what):
+                if what == "hang":
+                    time.sleep(1.0)
+                    return
+                status, body = what if isinstance(what, tuple) else (200, what)
+                sent = b'{"id": "r' if body == "cut" else body if isinstance(body, bytes) else json.dumps(body).encode()
+                with contextlib.suppress(OSError):
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(sent) + 100 * (body == "cut")))
+                    if status == 429:
+                        self.send_header("Retry-After", "0.01")
+                    self.end_headers()
+                    self.wfile.write(sent)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
