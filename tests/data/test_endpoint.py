@@ -19,7 +19,7 @@ def ask(url, seeds=(1,), api_key=None, **settings):
         try:
             return await endpoint.generate(CHAT, list(seeds))
         finally:
-            await endpoint.close()
+            await endpoint.aclose()
 
     return asyncio.run(work())
 

@@ -150,9 +150,9 @@ def _run(
             console().print(f"{progress.num_done} more questions are in {out}; the same command goes on", markup=False)
         raise
     finally:
-        for grader in graders.values():
-            if hasattr(grader, "close"):
-                grader.close()
+        for used in (generator, *graders.values()):
+            if hasattr(used, "close"):
+                used.close()
 
 
 def _open_engine_generator(

@@ -156,7 +156,7 @@ class Endpoint:
         wait_s: float = min(LONGEST_WAIT_S, self.settings.first_wait_s * 2**attempt)
         return wait_s * random.uniform(0.75, 1.25)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Close the connections."""
         await self._client.close()
 

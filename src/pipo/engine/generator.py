@@ -28,7 +28,7 @@ class EngineGenerator:
 
     def describe(self) -> dict[str, Any]:
         """As `Generator.describe`."""
-        usual = asdict(SamplingParams())
+        usual = asdict(replace(SamplingParams(), seed=self.params.seed, n=self.params.n))
         chosen = {name: value for name, value in asdict(self.params).items() if value != usual[name]}
         return {"generator": "engine", "model": self.name, "method": self.llm.method, "sampling": chosen}
 
@@ -40,6 +40,10 @@ class EngineGenerator:
         except RequestError as error:
             return [Sample.failed(str(error))] * len(seeds)
         return [_as_sample(output) for output in outputs]
+
+    def close(self) -> None:
+        """Wait for the step that still runs after its callers were cancelled."""
+        self.llm.wait_until_idle()
 
 
 def _as_sample(output: RequestOutput) -> Sample:

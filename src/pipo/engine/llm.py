@@ -192,6 +192,10 @@ class LLM:
             copy_weights(fresh, self.model)
             self.forget()
 
+    def wait_until_idle(self) -> None:
+        """Wait until all that asyncio callers asked for has ended or was cancelled: a program that exits amid a step crashes."""
+        self._stepper.wait_until_idle()
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[StreamEvent, None, None]:
         """Generate for one prompt; an event per step of each sample, as they come. Closing the iterator aborts."""
         samples = self.prepare(prompt, params or SamplingParams())

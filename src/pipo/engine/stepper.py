@@ -20,6 +20,7 @@ from pipo.engine.sequence import Sequence, StepText
 
 LINGER_S = 5.0
 """How long the thread waits for more work: a new one costs its first request a new pool of compute threads."""
+IDLE_POLL_S = 0.005
 Letter = tuple[int, StreamEvent]
 """The number of the request among its caller's, and what happened."""
 
@@ -52,6 +53,14 @@ class Stepper:
     def cancel(self, subscription: Subscription) -> None:
         """End what still runs of the requests, before the next step."""
         self._ask(lambda: self._remove(subscription))
+
+    def wait_until_idle(self) -> None:
+        """Wait until all that was submitted has ended or was cancelled: a program that exits amid a step crashes."""
+        while True:
+            with self._lock:
+                if not self._inbox and not self._engine.has_work:
+                    return
+            time.sleep(IDLE_POLL_S)
 
     def _ask(self, command: Callable[[], None]) -> None:
         with self._guard:
