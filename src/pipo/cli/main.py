@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipo
-from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, serve
+from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, serve, sft
 from pipo.cli.terminal import print_error
 from pipo.errors import PipoError
 
@@ -73,6 +73,7 @@ app.command()(export.export)
 app.command()(fetch.fetch)
 app.add_typer(data.app, name="data")
 app.command()(merge.merge)
+app.command()(sft.sft)
 
 
 def main() -> None:

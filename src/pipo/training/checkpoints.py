@@ -31,7 +31,7 @@ from pipo.training.metrics import Meter
 from pipo.training.weights import WeightWriter, read_trained
 
 MANIFEST, STATE, OPTIMIZER, PROGRESS = "checkpoint.json", "trainer_state.json", "optimizer.pt", "progress.pt"
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-\d+")
 PARTIAL = ".partial-"
 
 
@@ -82,6 +82,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps that a checkpoint comes after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 class Checkpoints:
     """The checkpoints in a run's folder. Every process calls every method; the main one writes."""
 
@@ -123,8 +128,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        found = [(int(match[1]), path) for path in self.folder.glob("*") if (match := NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        return sorted((path for path in self.folder.glob("*") if NAME.fullmatch(path.name)), key=step_of)
 
     def latest(self) -> Path | None:
         """The newest checkpoint, checked; None where there is none.

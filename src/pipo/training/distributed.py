@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -73,6 +74,12 @@ def add_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def stop() -> None:
+    """Leave the other processes, at the end of a run."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 # --- sharded weights ------------------------------------------------------------------------------------
 
 
@@ -86,6 +93,8 @@ def shard(model: PipoForCausalLM, device: torch.device) -> None:
     """
     if not distributed.is_initialized():
         raise ConfigError("run.strategy: fsdp2 needs several processes; start them with torchrun --nproc-per-node N")
+    # Nothing writes into a forward's output in place, which is what it warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (num_processes(),))
     for layer in (*model.model.layers, *model.mtp.layers):
         fully_shard(layer, mesh=mesh)

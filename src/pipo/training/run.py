@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging
 
 from pipo.data.conversation import load_tokenizer
 from pipo.errors import ConfigError
@@ -23,15 +21,15 @@ from pipo.model.files import find_checkpoint
 from pipo.model.fingerprint import base_fingerprint
 from pipo.model.modeling import PipoForCausalLM
 from pipo.training import distributed
+from pipo.training.arguments import check_trackers, tensorboard, training_arguments
 from pipo.training.batches import num_steps
-from pipo.training.checkpoints import Checkpoints, whole_folder
-from pipo.training.config import ModelSettings, OptimizerSettings, RunSettings, TrainingConfig
+from pipo.training.checkpoints import Checkpoints, step_of, whole_folder
+from pipo.training.config import ModelSettings, TrainingConfig
 from pipo.training.lora import Kind, Trainable, prepare_model
 from pipo.training.run_folder import RunFolder
 from pipo.training.trainer import PipoTrainer, Row
 from pipo.training.weights import WeightWriter
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 Summary = dict[str, Any]
 
 
@@ -53,22 +51,26 @@ class Setup:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how a run goes, in the main process. `started`: what is trained, and the steps in all; `row`: each reported step."""
+    """Who is told how a run goes, in the main process.
+
+    `started`: what is trained, the steps that are done already, and all steps; `row`: each report; `note`: what takes a while.
+    """
 
     started: Callable[[Setup, int, int], None] = lambda setup, first_step, num_steps: None
     row: Callable[[Row], None] = lambda row: None
+    note: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
 class Task:
     """What makes a run SFT or OPD.
 
-    `dataset`: examples (a map-style dataset, with `set_epoch` where it augments them and `lengths` where they are grouped);
-    `collate`: a micro-batch of them; `trainer`: the class; `options`: further arguments of its constructor.
+    `dataset`: examples (a map-style dataset; with `set_epoch` where it augments them, `lengths` where they may be grouped, and a `report`
+    where rows may be left out); `collate`: a micro-batch of them; `trainer`: the class; `options`: more arguments of its constructor.
     """
 
     kind: Kind
-    dataset: Callable[[Setup], Dataset[Any]]
+    dataset: Callable[[Setup, Callable[[str], None]], Dataset[Any]]
     collate: Callable[[Setup], Callable[[list[Any]], Any]]
     trainer: type[PipoTrainer] = PipoTrainer
     options: Callable[[Setup], Mapping[str, Any]] = field(default=lambda setup: {})
@@ -81,55 +83,20 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
         ConfigError, CheckpointError, DataError, TrainingError
     """
     watch = watch or Watch()
+    check_trackers(config.run)
     args = training_arguments(config.run, config.optimizer)
     folder = RunFolder(Path(config.run.out), task.kind, config)
     finished = distributed.on_main(lambda: folder.open(resume))
     if finished is not None:
         return finished
     setup = _set_up(task.kind, config, args)
-    dataset = task.dataset(setup)
-    steps = num_steps(len(dataset), config.run, args.world_size)  # type: ignore[arg-type]
-    args.max_steps = steps
-    args.warmup_steps = ceil(config.optimizer.warmup * steps)
+    dataset = task.dataset(setup, watch.note if distributed.is_main() else lambda text: None)
     writer = _writer(setup)
     checkpoints = Checkpoints(folder.checkpoints, config.run.keep, writer)
     distributed.on_main(checkpoints.clean)
-    start = checkpoints.latest()
-    first_step = 0 if start is None else int(start.name.rpartition("-")[2])
-    about = {
-        "num_trained": setup.trainable.num_trained,
-        "num_parameters": setup.trainable.num_parameters,
-        "num_processes": args.world_size,
-        "num_examples": len(dataset),  # type: ignore[arg-type]
-        "num_steps": steps,
-    }
-    last: Row = {}
-
-    def on_row(row: Row) -> None:
-        folder.add_metrics(row)
-        last.update(row)
-        watch.row(row)
-
-    trainer = task.trainer(
-        setup.model,
-        args,
-        settings=config,
-        train_dataset=dataset,
-        collate=task.collate(setup),
-        checkpoints=checkpoints,
-        on_row=on_row,
-        callbacks=_trackers(config.run, folder.path),
-        **task.options(setup),
-    )
-    if distributed.is_main():
-        folder.truncate_metrics(first_step)
-        folder.record(status="running", **about)
-        watch.started(setup, first_step, steps)
+    about = _describe(setup, dataset)
     began = time.perf_counter()
-    if first_step < steps:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    elif start is not None:  # killed between its last checkpoint and its end
-        checkpoints.load_weights(start, setup.model)
+    last = _train(task, setup, dataset, checkpoints, folder, about, watch)
     weights = writer.collect()
 
     def finish() -> Summary:
@@ -141,12 +108,72 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
             "method": config.tuning.method,
             **about,
             "seconds": time.perf_counter() - began,
-            "metrics": dict(last),
+            "metrics": last,
         }
         folder.record(status="finished", **about, summary=summary)
         return summary
 
     return distributed.on_main(finish)
+
+
+def _describe(setup: Setup, dataset: Any) -> dict[str, Any]:
+    """For `run.json`: sizes, and what became of the data's rows."""
+    steps = num_steps(len(dataset), setup.config.run, setup.args.world_size)
+    report = getattr(dataset, "report", None)
+    return {
+        "num_trained": setup.trainable.num_trained,
+        "num_parameters": setup.trainable.num_parameters,
+        "num_processes": setup.args.world_size,
+        "num_examples": len(dataset),
+        "num_steps": steps,
+        **({} if report is None else {"data": report.as_dict()}),
+    }
+
+
+def _train(
+    task: Task,
+    setup: Setup,
+    dataset: Any,
+    checkpoints: Checkpoints,
+    folder: RunFolder,
+    about: Mapping[str, Any],
+    watch: Watch,
+) -> Row:
+    """Run the steps that are left; the last report."""
+    steps: int = about["num_steps"]
+    setup.args.max_steps = steps
+    setup.args.warmup_steps = ceil(setup.config.optimizer.warmup * steps)
+    start = checkpoints.latest()
+    first_step = 0 if start is None else step_of(start)
+    last: Row = {}
+
+    def on_row(row: Row) -> None:
+        folder.add_metrics(row)
+        last.update(row)
+        watch.row(row)
+
+    trainer = task.trainer(
+        setup.model,
+        setup.args,
+        settings=setup.config,
+        train_dataset=dataset,
+        collate=task.collate(setup),
+        checkpoints=checkpoints,
+        on_row=on_row,
+        callbacks=tensorboard(setup.config.run, folder.path),
+        **task.options(setup),
+    )
+    if distributed.is_main():
+        last.update(folder.truncate_metrics(first_step))
+        folder.record(status="running", **about)
+        watch.started(setup, first_step, steps)
+    if start is None:
+        trainer.train()
+    elif first_step < steps:
+        trainer.train(resume_from_checkpoint=str(start))
+    else:  # killed between its last checkpoint and its end
+        checkpoints.load_weights(start, setup.model)
+    return last
 
 
 def load_model(settings: ModelSettings, base: Path) -> PipoForCausalLM:
@@ -194,57 +221,3 @@ def _writer(setup: Setup) -> WeightWriter:
         base_fingerprint=base_fingerprint(setup.base),
         tokenizer=tokenizer_home(setup.base),
     )
-
-
-def training_arguments(run: RunSettings, optimizer: OptimizerSettings) -> TrainingArguments:
-    """transformers' form of our settings, without the number of steps. Starts the process group where there are several processes."""
-    on_cpu = distributed.check_device(run)
-    logging.set_verbosity_error()
-    arguments = TrainingArguments(
-        output_dir=str(Path(run.out) / "checkpoints"),
-        seed=run.seed,
-        per_device_train_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.accumulation,
-        learning_rate=optimizer.lr,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_epsilon=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type=SCHEDULES[optimizer.schedule],
-        optim="adamw_torch_fused",
-        save_strategy="steps",
-        save_steps=run.save_every,
-        logging_strategy="steps",
-        logging_steps=run.log_every,
-        logging_nan_inf_filter=False,
-        log_level="error",
-        disable_tqdm=True,
-        report_to=[tracker for tracker in run.report_to if tracker != "tensorboard"],
-        run_name=Path(run.out).name,
-        project="pipo",
-        use_cpu=on_cpu,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        deepspeed=None,
-    )
-    _ = arguments.device  # sets the processes up
-    return arguments
-
-
-TRACKERS = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
-
-
-def _trackers(run: RunSettings, folder: Path) -> list[Any]:
-    """Checks that the trackers are installed; the callback of the one that needs to be told its folder."""
-    if missing := [
-        package for name, package in TRACKERS.items() if name in run.report_to and find_spec(package) is None
-    ]:
-        raise ConfigError(f"run.report_to: {', '.join(missing)} is not installed: pip install {' '.join(missing)}")
-    if "tensorboard" not in run.report_to or not distributed.is_main():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]

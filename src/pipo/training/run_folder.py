@@ -90,11 +90,12 @@ class RunFolder:
         described = {"kind": self.kind, **content, "config": self.config.model_dump(mode="json")}
         write_run_record(self.path / RUN, described)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Forget the rows after `step`, and one that a killed process left unfinished."""
+    def truncate_metrics(self, step: int) -> dict[str, float]:
+        """Forget the rows after `step`, and one that a killed process left unfinished; the last row that stays."""
         path = self.path / METRICS
+        last: dict[str, float] = {}
         if not path.is_file():
-            return
+            return last
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -104,9 +105,11 @@ class RunFolder:
             if row["step"] > step:
                 break
             kept.append(line + "\n")
+            last = row
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
+        return last
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
         """Append a row. What has no value (NaN) is null."""
