@@ -81,7 +81,7 @@ def train(config: Any, *, resume: bool = False, watch: Any = None, trainer: Any 
     from pipo.training.run import Task, run_training
     from pipo.training.trainer import PipoTrainer
 
-    task = Task("sft", lambda setup, note: TinySlots(), lambda setup: collate, trainer=trainer or PipoTrainer)  # type: ignore[arg-type]
+    task = Task("sft", lambda setup: TinySlots(), lambda setup: collate, trainer=trainer or PipoTrainer)  # type: ignore[arg-type]
     return run_training(task, config, resume=resume, watch=watch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipo.cli import training
+from pipo.errors import ConfigError
 
 
 def sft(
@@ -22,10 +23,7 @@ def sft(
 
     settings = load_config(SftConfig, config, overrides or ())
     if plan:
-        from pipo.cli.plans import show_plan
-
-        show_plan(settings, as_json)
-        return
+        raise ConfigError("--plan can't be made yet")
     training.need_packages()
     from pipo.training.sft import run_sft
 

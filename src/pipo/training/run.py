@@ -47,6 +47,8 @@ class Setup:
     tokenizer: Any
     pad_id: int
     args: TrainingArguments
+    note: Callable[[str], None]
+    """Tells whoever watches what takes a while; in the main process."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Task:
     """
 
     kind: Kind
-    dataset: Callable[[Setup, Callable[[str], None]], Dataset[Any]]
+    dataset: Callable[[Setup], Dataset[Any]]
     collate: Callable[[Setup], Callable[[list[Any]], Any]]
     trainer: type[PipoTrainer] = PipoTrainer
     options: Callable[[Setup], Mapping[str, Any]] = field(default=lambda setup: {})
@@ -89,8 +91,8 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
     finished = distributed.on_main(lambda: folder.open(resume))
     if finished is not None:
         return finished
-    setup = _set_up(task.kind, config, args)
-    dataset = task.dataset(setup, watch.note if distributed.is_main() else lambda text: None)
+    setup = _set_up(task.kind, config, args, watch.note if distributed.is_main() else lambda text: None)
+    dataset = task.dataset(setup)
     writer = _writer(setup)
     checkpoints = Checkpoints(folder.checkpoints, config.run.keep, writer)
     distributed.on_main(checkpoints.clean)
@@ -188,7 +190,7 @@ def load_model(settings: ModelSettings, base: Path) -> PipoForCausalLM:
     return PipoForCausalLM.from_base(base, compressor=settings.compressor, **options)
 
 
-def _set_up(kind: Kind, config: TrainingConfig, args: TrainingArguments) -> Setup:
+def _set_up(kind: Kind, config: TrainingConfig, args: TrainingArguments, note: Callable[[str], None]) -> Setup:
     set_seed(config.run.seed)  # of the confidence head's and LoRA's starts, the same in every process
     distributed.on_main(lambda: find_checkpoint(config.model.path) and None)  # downloads it once
     base = find_checkpoint(config.model.path)
@@ -208,7 +210,7 @@ def _set_up(kind: Kind, config: TrainingConfig, args: TrainingArguments) -> Setu
         raise ConfigError(
             f"{config.model.path} names no pad_token_id, which fills empty slots; set it in its config.json"
         )
-    return Setup(config, Path(config.run.out), base, model, trainable, tokenizer, pad_id, args)
+    return Setup(config, Path(config.run.out), base, model, trainable, tokenizer, pad_id, args, note)
 
 
 def _writer(setup: Setup) -> WeightWriter:

@@ -11,10 +11,11 @@ from typing import Any
 
 from pipo.errors import TrainingError
 from pipo.model.files import read_json
+from pipo.training.checkpoints import NAME
 from pipo.training.config import TrainingConfig
 from pipo.training.run_record import write_run_record
 
-RUN, METRICS, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "checkpoints", "final"
+RUN, METRICS, CHECKPOINTS, CACHE, FINAL = "run.json", "metrics.jsonl", "checkpoints", "cache", "final"
 MAY_CHANGE = (
     "run.out",
     "run.save_every",
@@ -51,10 +52,8 @@ class RunFolder:
         Raises:
             TrainingError: the folder holds something, and `resume` is off; or what it holds is not a run with these settings.
         """
-        there = [path for path in self.path.iterdir() if path.suffix != ".partial"] if self.path.is_dir() else []
-        if not there:
+        if self._is_blank():
             self.path.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir()
             self.record(status="running")
             return None
         if not resume:
@@ -67,6 +66,14 @@ class RunFolder:
         self._match(record)
         summary: dict[str, Any] | None = record["summary"] if record["status"] == "finished" else None
         return summary
+
+    def _is_blank(self) -> bool:
+        """Whether nothing is lost by starting anew: no folder, or one of a run that ended before its first step."""
+        there = [path for path in self.path.iterdir() if path.suffix != ".partial"] if self.path.is_dir() else []
+        if not (self.path / RUN).is_file():
+            return not there
+        trained = any(NAME.fullmatch(path.name) for path in self.checkpoints.glob("*"))
+        return not trained and {path.name for path in there} <= {RUN, CHECKPOINTS, CACHE}
 
     def _match(self, record: Mapping[str, Any]) -> None:
         if record.get("kind") != self.kind:

@@ -15,7 +15,7 @@ from pipo.training.run import Setup, Summary, Task, Watch, run_training
 def run_sft(config: SftConfig, *, resume: bool = False, watch: Watch | None = None) -> Summary:
     """Train; see :func:`pipo.training.run.run_training`."""
 
-    def dataset(setup: Setup, note: Callable[[str], None]) -> SftDataset:
+    def dataset(setup: Setup) -> SftDataset:
         data = config.data
         found = build_sft_dataset(
             data.train,
@@ -31,10 +31,10 @@ def run_sft(config: SftConfig, *, resume: bool = False, watch: Watch | None = No
             num_examples=data.num_examples,
             split=data.split,
             subset=data.subset,
-            note=note,
+            note=setup.note,
         )
         for line in found.report.lines():
-            note(line)
+            setup.note(line)
         return found
 
     def collate(setup: Setup) -> Callable[[list[Any]], Any]:
