@@ -66,6 +66,27 @@ def test_an_authors_rollout_row_comes_back_as_it_was(tmp_path):
     assert again["meta_infos"] == ROLLOUT["meta_infos"]
 
 
+def test_what_others_leave_out_or_write_otherwise(tmp_path):
+    item = {"dataset": "x", "prompt": [{"role": "system", "content": "Brief."}, USER], "micro_index": 0}
+    answers = [[1, 2], {"a": 1}, True, ["4"], None]
+    rows = [
+        {"question_idx": n, "src_item": {**item, "final_answer": answer, "metadata": None}, "completion_texts": ["4"]}
+        for n, answer in enumerate(answers)
+    ]
+    rows[0] |= dict.fromkeys(("accuracies", "finished", "n_tokens", "n_pads", "extracted_answers", "pass@k"))
+    read = read_rows(write_lines(tmp_path / "r.jsonl", *rows), RolloutRow).rows()
+    assert [row.src_item.final_answer for row in read] == ["[1, 2]", '{"a": 1}', "true", "4", None]
+    assert (read[0].src_item.prompt, len(read[0].src_item.chat), read[0].accuracy) == ("2 + 2?", 2, None)
+
+
+@pytest.mark.parametrize("prompt", [[], ["text"], [ASSISTANT], [{"role": "user"}]])
+def test_a_prompt_that_is_no_conversation_is_a_bad_row(tmp_path, prompt):
+    row = {**ROLLOUT, "src_item": {**ROLLOUT["src_item"], "prompt": prompt}}
+    rows = read_rows(write_lines(tmp_path / "r.jsonl", row), RolloutRow)
+    assert list(rows) == []
+    assert len(rows.bad) == 1
+
+
 def test_training_rows_hold_what_is_known_and_nothing_else():
     assert json.loads(SftRow.model_validate(SFT).to_line()) == SFT
     opd = {"messages": [USER], "source": "sums", "source_index": 7}
@@ -123,6 +144,7 @@ def test_a_conversation_without_a_question_is_no_opd_row(tmp_path):
 def test_questions_take_a_prompt_or_messages():
     plain = Question.model_validate({"prompt": "2 + 2?", "dataset": "sums", "micro_index": 0, "final_answer": [4]})
     assert (plain.messages, plain.final_answer) == ([USER], "4")
+    assert Question.model_validate({"prompt": [USER], "dataset": "sums", "micro_index": 0}).messages == [USER]
     assert SourceItem.of(plain).messages is None
     long = Question(
         messages=[{"role": "system", "content": "Brief."}, USER], dataset="sums", micro_index=1, grader="math"

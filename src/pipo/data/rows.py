@@ -37,16 +37,18 @@ def _check_messages(messages: list[Message]) -> list[Message]:
     if not messages:
         raise ValueError("a conversation needs at least one message")
     for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is no object")
         if missing := {"role", "content"} - message.keys():
             raise ValueError(f"message {number} has no {' and no '.join(sorted(missing))}")
     return messages
 
 
 def _as_answer(value: Any) -> Any:
-    """A final answer as text: datasets hold numbers, and lists of one."""
+    """A final answer as text: datasets hold numbers, and lists of one. Anything else that is no text becomes JSON."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def parse_mapping(value: Any) -> Any:
@@ -77,7 +79,7 @@ class Checked(Row):
 class Question(Checked):
     """What a source yields: something to answer, and what an answer is checked against.
 
-    `prompt`, a text, may stand for `messages` with one message of a user.
+    `prompt` may stand for `messages`: a text for one message of a user, or messages.
     """
 
     messages: list[Message]
@@ -88,9 +90,10 @@ class Question(Checked):
     @model_validator(mode="before")
     @classmethod
     def _take_prompt(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "messages" not in value and isinstance(value.get("prompt"), str):
+        if isinstance(value, dict) and "messages" not in value and isinstance(value.get("prompt"), str | list):
             rest = {key: item for key, item in value.items() if key != "prompt"}
-            return {**rest, "messages": [{"role": "user", "content": value["prompt"]}]}
+            prompt = value["prompt"]
+            return {**rest, "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
         return value
 
     _some = field_validator("messages", mode="before")(_some_messages)
@@ -112,6 +115,16 @@ class SourceItem(Checked):
     micro_index: int
 
     _some = field_validator("messages", mode="before")(_some_messages)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_messages(cls, value: Any) -> Any:
+        """Others keep a conversation under `prompt`."""
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), list):
+            return value
+        messages = _check_messages(_some_messages(value["prompt"]))
+        texts = [message["content"] for message in check_open(messages) if message["role"] == "user"]
+        return {**value, "prompt": texts[-1], "messages": messages}
 
     @property
     def chat(self) -> list[Message]:
@@ -153,6 +166,11 @@ class RolloutRow(Row):
     @classmethod
     def _no_text(cls, value: Any) -> Any:
         return ["" if text is None else text for text in value] if isinstance(value, list) else value
+
+    @field_validator("extracted_answers", "accuracies", "n_tokens", "n_pads", "finished", mode="before")
+    @classmethod
+    def _no_list(cls, value: Any) -> Any:
+        return [] if value is None else value
 
     @model_validator(mode="after")
     def _check_lengths(self) -> RolloutRow:
