@@ -142,8 +142,12 @@ def turn_texts(
 
 
 def flat_texts(turns: Iterable[TurnTexts]) -> list[str]:
-    """The texts in the order in which `join_turns` expects their ids."""
-    return [text for turn in turns for text in (turn.prompt, turn.opening, turn.answer)]
+    """What `join_turns` needs the ids of, in its order."""
+    return [
+        text
+        for turn in turns
+        for text in (turn.prompt, turn.opening and turn.prompt + turn.opening, turn.prompt + turn.opening + turn.answer)
+    ]
 
 
 def join_turns(tokenizer: Any, turns: Sequence[TurnTexts], ids: Sequence[list[int]]) -> list[tuple[Turn, ...]]:
@@ -154,9 +158,10 @@ def join_turns(tokenizer: Any, turns: Sequence[TurnTexts], ids: Sequence[list[in
     """
     examples: list[list[Turn]] = []
     read: list[int] = []
-    for at in range(0, 3 * len(turns), 3):
-        prompt, opening, answer = ids[at : at + 3]
-        answer = _up_to_end(tokenizer, answer)
+    for turn, at in zip(turns, range(0, len(ids), 3), strict=True):
+        prompt, opened, whole = ids[at : at + 3]
+        opening = _continuation(tokenizer, prompt, opened, turn.opening) if turn.opening else []
+        answer = _up_to_end(tokenizer, _continuation(tokenizer, [*prompt, *opening], whole, turn.answer))
         if examples and prompt[: len(read)] == read:
             examples[-1].append((prompt[len(read) :], False))
         else:
@@ -166,6 +171,14 @@ def join_turns(tokenizer: Any, turns: Sequence[TurnTexts], ids: Sequence[list[in
         examples[-1].append((answer, True))
         read = [*prompt, *opening, *answer]
     return [tuple(example) for example in examples]
+
+
+def _continuation(tokenizer: Any, read: list[int], whole: list[int], text: str) -> list[int]:
+    """The ids of `text` after those `read`; `whole` are those of all text up to its end.
+
+    SentencePiece puts a space before a text that it is given alone, so `whole` is cut where it can be: where nothing merges across.
+    """
+    return whole[len(read) :] if whole[: len(read)] == read else encode_rendered(tokenizer, [text])[0]
 
 
 def _check_answer(messages: Sequence[Message], number: int) -> None:
