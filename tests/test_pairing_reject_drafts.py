@@ -52,6 +52,9 @@ def test_what_follows_an_odd_turn_stays_unsupervised() -> None:
         learned = {label for label in laid.labels if label != IGNORE_INDEX}
         assert learned == {1, 2, 3, 4, 5}
     assert reject_drafts(slots, 0.0, random.Random(0), PAD) == slots
+    # No gate judges a token that is given: it keeps its place.
+    never = reject_drafts(slots, 1.0, random.Random(0), PAD)
+    assert never.ids == [9, 9, 1, PAD, 2, PAD, 3, 8, 7, PAD, 4, PAD, 5, PAD]
 
 
 def test_a_ratio_out_of_range_is_refused() -> None:

@@ -136,6 +136,15 @@ def test_cuts_keep_pairs_whole_and_are_counted(tmp_path, layout):
     assert "examples are left out, whose prompts are too long: lines 3" in " ".join(report.lines())
 
 
+def test_an_example_needs_room_for_a_supervised_pair(tmp_path):
+    source = write(tmp_path / "rows.jsonl", chat(("a", "b")))
+    before = build(source, max_pad_ratio=0.0)[0].labels.index(ord("s") - ord("!"))  # the first learned byte
+    assert before % 2 == 0
+    assert [label != IGNORE_INDEX for label in build(source, max_slots=before + 2)[0].labels[-2:]] == [True, True]
+    with pytest.raises(DataError, match="nothing to train on"):
+        build(source, max_slots=before)
+
+
 def test_bad_rows_are_named_by_line(tmp_path):
     source = write(
         tmp_path / "rows.jsonl",
