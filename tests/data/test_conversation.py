@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from byte_tokenizer import byte_tokenizer
 from chat_templates import CHATML, ENDLESS, FORGETFUL, THINKING
@@ -150,3 +152,45 @@ def test_what_a_template_writes_after_the_end_of_a_turn_is_not_learned():
     closing = CHATML.replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add")
     (example,) = turns_of(closing, [user("a"), assistant("b"), user("c"), assistant("d")])
     assert [as_text(example)[at][0] for at in (1, 3)] == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_an_answer_is_tokenised_where_it_stands():
+    """Breaks when an answer is tokenised as if it began a text: SentencePiece then puts a space before it."""
+    pieces = [(piece, -1.0) for piece in ["<unk>", "▁", *sorted(set("abcdefghijklmnopqrstuvwxyz<>/\n"))]]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.add_special_tokens(["<s>", "</s>"])
+    template = (
+        "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    text_tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
+    assert text_tokenizer.tokenize("yes") == ["▁", "y", "e", "s"]
+    (example,) = conversation_turns(text_tokenizer, [user("a"), assistant("<think>\nyes")], PREFIX, {})
+    assert [text_tokenizer.convert_ids_to_tokens(ids) for ids, _ in example[1:]] == [
+        list(PREFIX),
+        ["y", "e", "s", "</s>"],
+    ]
+
+
+def merging_tokenizer():
+    """Bytes, and two newlines as one token, as real vocabularies have them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate([*alphabet, "ĊĊ"])}, merges=[("Ċ", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=CHATML)
+
+
+def test_history_that_tokenises_otherwise_is_an_example_a_turn():
+    """Breaks when texts are compared instead of ids: here the prompt's last newline and the answer's first merge into one
+    token as soon as the answer is history."""
+    text_tokenizer = merging_tokenizer()
+    messages = [user("a"), assistant("\nb"), user("c"), assistant("d")]
+    first, second = conversation_turns(text_tokenizer, messages, "", {})
+    assert text_tokenizer.convert_ids_to_tokens(first[0][0])[-1] == "Ċ"
+    assert text_tokenizer.convert_ids_to_tokens(first[1][0])[0] == "Ċ"
+    assert "ĊĊ" in text_tokenizer.convert_ids_to_tokens(second[0][0])
+    (joined,) = conversation_turns(text_tokenizer, [user("a"), assistant("b"), *messages[2:]], "", {})
+    assert len(joined) == 4
