@@ -171,6 +171,9 @@ def test_what_is_not_there_is_refused(models, tmp_path):
             train(settings(models[0], tmp_path / "a", run={"device": "cuda"}))
     with pytest.raises(ConfigError, match="needs several processes"):
         train(settings(models[0], tmp_path / "b", run={"strategy": "fsdp2"}))
+    with pytest.raises(ConfigError, match="meant for 8 processes and was started on 1"):
+        train(settings(models[0], tmp_path / "c", run={"processes": 8}))
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(models, tmp_path):

@@ -247,6 +247,13 @@ class Backbone:
             )
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model keep one state per layer, and compute the rest again in the backward pass."""
+    # Its name since transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _template_index(config: PreTrainedConfig, num_layers: int) -> int:
     """The last full-attention layer; in a family whose every attention layer is sliding, the last of those."""
     kinds = getattr(config, "layer_types", None)

@@ -139,6 +139,8 @@ class RunSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     strategy: Literal["ddp", "fsdp2", "zero2"] = "ddp"
     """How several processes share the work; a single process needs none."""
+    processes: int | None = Field(None, ge=1)
+    """Devices that the run is meant for, which decides its batch; `--plan` counts with it, and a run on another number is refused."""
     group_by_length: bool = False
     """Batches of examples of similar length, which need less padding."""
     save_every: int = Field(200, ge=1)

@@ -56,16 +56,18 @@ class MemoryLedger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it makes: views and results in place share a storage that was there before."""
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self._count(storage)
+        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if new := [storage for storage in storages if storage._cdata not in self._part_of]:
+            given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            for storage in new:
+                if storage._cdata not in given:
+                    self._count(storage)
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._part_of:
+        if key in self._part_of:  # twice among an operation's results
             return
         self._part_of[key] = self._part
         self.live_bytes += size

@@ -5,7 +5,7 @@ What is trained is float32, whatever the dtype of the rest: an update of 1e-4 wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,33 +108,38 @@ def prepare_model(model: PipoForCausalLM, tuning: TuningSettings, kind: Kind) ->
     computes under autocast from here on: the fully trained modules are wider than what they read.
     """
     trainable = trainable_modules(model, tuning, kind)
-    narrow = model.dtype != torch.float32
     model.requires_grad_(False)
     if trainable.method == "full":
         for name, parameter in model.named_parameters():
             if not _never_trained(name):
                 _make_trained(parameter)
         return trainable
-    config = LoraConfig(
-        r=tuning.rank,
-        lora_alpha=tuning.alpha,
-        lora_dropout=tuning.dropout,
-        target_modules=list(trainable.lora_modules),
-        bias="none",
-    )
-    inject_adapter_in_model(config, model, ADAPTER_NAME)
-    for module in model.modules():
-        if narrow and hasattr(module, "cast_input_dtype_enabled"):
-            # Autocast brings input and LoRA to one dtype; peft's own cast would keep a float32 copy of each input.
-            module.cast_input_dtype_enabled = False
+    add_lora(model, trainable.lora_modules, tuning)
     modules = dict(model.named_modules())
     for name in trainable.whole_modules:
         for parameter in modules[name].parameters():
             _make_trained(parameter)
+    return trainable
+
+
+def add_lora(model: nn.Module, names: Sequence[str], tuning: TuningSettings) -> None:
+    """LoRA in float32 on the linear layers of these names, in place."""
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        lora_dropout=tuning.dropout,
+        target_modules=list(names),
+        bias="none",
+    )
+    inject_adapter_in_model(config, model, ADAPTER_NAME)
+    layers = dict(model.named_modules())
+    for layer in (layers[name] for name in names):
+        if layer.weight.dtype != torch.float32 and hasattr(layer, "cast_input_dtype_enabled"):
+            # Autocast brings input and LoRA to one dtype; peft's own cast would keep a float32 copy of each input.
+            layer.cast_input_dtype_enabled = False
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             _make_trained(parameter)
-    return trainable
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

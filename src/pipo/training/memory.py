@@ -4,7 +4,7 @@ The estimate is no formula: one step of the real model, with the real losses, is
 while a ledger counts what is alive. So it follows any family, LoRA, checkpointing and autocast. What several processes share is
 divided afterwards. Not counted: the CUDA context (about 0.5 GB), what NCCL holds, and what the allocator loses between blocks.
 
-Shape legend: B batch, T slots, S steps that have a next pair, N supervised positions, H width.
+Shape legend: B batch, T slots.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from pipo.errors import UnsupportedModelError
-from pipo.losses import LocalTeacher, OutputMap, Teacher
-from pipo.losses.chunked import CHUNK_BYTES, NUM_WIDE, head_pass
-from pipo.losses.confidence import confidence_loss
-from pipo.losses.objective import CrossEntropy, Full, Objective, Sampled, TopK
-from pipo.losses.pair import PairLosses, PairStates
+from pipo.losses import LocalTeacher, OutputMap, PairLosses, PairStates, ServedTeacher, Teacher
+from pipo.model.backbone import checkpoint_activations
 from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.row_state import measure_bytes, prefill_cache
-from pipo.training.config import DivergenceSettings, OpdConfig, TrainingConfig
+from pipo.training.config import OpdConfig, TrainingConfig
 from pipo.training.kernel_memory import fused_kernels
 from pipo.training.ledger import MemoryLedger
+from pipo.training.loss_memory import EveryPosition, objective_of
+from pipo.training.teacher import cut_head
 
 Kernels = Literal["cpu", "cuda"]
 
@@ -55,11 +54,10 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What one process does at once: `batch` rows of `slots` slots; `teacher_tokens` in each row of the teacher's."""
+    """What one process does at once: `batch` rows of `slots` slots. A teacher's text has at most as many tokens."""
 
     slots: int
     batch: int = 1
-    teacher_tokens: int = 0
 
 
 def estimate_memory(
@@ -103,7 +101,6 @@ def estimate_memory(
         ) from error
     if has_kernels:
         notes.append("linear attention as flash-linear-attention and causal-conv1d take it; plain PyTorch takes more")
-    phases["optimizer step"] = _optimizer_step(phases[STEP], model, kernels)
     shared = {name: _divide(config, parts, model, world_size) for name, parts in phases.items()}
     peaks = {name: sum(parts.values()) for name, parts in shared.items()}
     peak = max(peaks, key=lambda name: peaks[name])
@@ -125,16 +122,16 @@ def _group_experts(*models: PipoForCausalLM | BaseForCausalLM | None) -> None:
 
 
 def _load(model: PipoForCausalLM, teacher: BaseForCausalLM | None, ledger: MemoryLedger) -> None:
-    """Weights, gradients and AdamW's two moments as fake tensors, in place of the ones on `meta`."""
+    """Weights, gradients and AdamW's two moments as fake tensors, in place of the ones on `meta`. Its fused step needs no more."""
     _materialise(model, ledger, FROZEN, TRAINED)
     if teacher is not None:
         _materialise(teacher.requires_grad_(False), ledger, TEACHER, TEACHER)
-    for parameter in trained_parameters(model):
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         with ledger.part(GRADIENTS):
             parameter.grad = torch.empty_like(parameter)
         with ledger.part(OPTIMIZER):
             # Held by the parameter, as the optimizer would hold it.
-            parameter.moments = [torch.empty_like(parameter) for _ in range(2)]  # type: ignore[attr-defined]
+            parameter.moments = [torch.empty_like(parameter) for _ in range(2)]
 
 
 def _materialise(module: nn.Module, ledger: MemoryLedger, frozen: str, trained: str) -> None:
@@ -154,17 +151,16 @@ def _materialise(module: nn.Module, ledger: MemoryLedger, frozen: str, trained: 
                     part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer gets."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 # --- phases -------------------------------------------------------------------------------------------------
+
+
+def _autocast(config: TrainingConfig) -> torch.autocast:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.model.dtype == "bfloat16")
 
 
 def _rollout(config: OpdConfig, model: PipoForCausalLM, ledger: MemoryLedger, notes: list[str]) -> Counter[str]:
     """Caches of all rows at their longest, or as much as the settings allow. They are freed before the teacher reads."""
-    with torch.no_grad(), ledger.part(CACHES):
+    with torch.no_grad(), ledger.part(CACHES), _autocast(config):
         cache = prefill_cache(model.config.text_config)
         hidden, call = model.run_backbone(torch.empty(1, 1, model.config.hidden_size, dtype=model.dtype), cache=cache)
         model.run_mtp(torch.zeros(1, 1, dtype=torch.long), hidden, call, cache)
@@ -191,24 +187,25 @@ def _step(
     ledger: MemoryLedger,
 ) -> dict[str, Counter[str]]:
     phases: dict[str, Counter[str]] = {}
-    targets: LocalTeacher | None = None
-    if teacher is not None:
+    targets: list[Teacher] = []
+    if isinstance(config, OpdConfig):
         ledger.reset_peak()
-        texts = [_score(teacher, size, ledger)]
-        with ledger.part(TEACHER_STATES):
-            texts += [torch.empty_like(texts[0]) for _ in range(config.run.accumulation - 1)]
+        # The rollouts of all micro-batches are scored before the first is learnt from.
+        targets = [_targets(config, model, teacher, size, ledger) for _ in range(config.run.accumulation)]
         phases["teacher"] = ledger.parts_at_peak
-        positions = torch.zeros(size.batch, size.slots // 2 - 1, dtype=torch.long)
-        targets = LocalTeacher(texts[0], teacher.output_map(), positions)
     model.train()
     if config.run.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = _EveryPosition(_objective(config), targets, ledger)
+        checkpoint_activations(model)
+    objective = EveryPosition(objective_of(config), targets[0] if targets else None)
     ledger.reset_peak()
     ids_BT = torch.zeros(size.batch, size.slots, dtype=torch.long)
-    low = config.model.dtype == "bfloat16"
-    with ledger.part(KEPT), torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-        loss = model(input_ids=ids_BT, labels=ids_BT, objective=objective).loss
+
+    def counted(head: OutputMap, states: PairStates) -> PairLosses:
+        with ledger.part(LOSSES):
+            return objective(head, states)
+
+    with ledger.part(KEPT), _autocast(config):
+        loss = model(input_ids=ids_BT, labels=ids_BT, objective=counted).loss
     assert loss is not None
     with ledger.part(WORKING):
         loss.backward()
@@ -216,76 +213,20 @@ def _step(
     return phases
 
 
-def _score(teacher: BaseForCausalLM, size: StepSize, ledger: MemoryLedger) -> Tensor:
-    """Hidden states of the teacher, which are kept until the losses have read them."""
+def _targets(
+    config: OpdConfig, model: PipoForCausalLM, teacher: BaseForCausalLM | None, size: StepSize, ledger: MemoryLedger
+) -> Teacher:
+    """What a teacher leaves for the losses: hidden states, or a served one's best tokens for each head."""
+    shape = (size.batch, size.slots // 2 - 1)
+    if teacher is None:
+        with ledger.part(TEACHER_STATES):
+            of_both = torch.zeros(2, *shape, config.teacher.top_k, dtype=torch.long)
+            return ServedTeacher(of_both[0], torch.zeros(2, *shape, config.teacher.top_k)[0])
     with torch.no_grad(), ledger.part(WORKING):
-        ids = torch.zeros(size.batch, size.teacher_tokens or size.slots, dtype=torch.long)
-        hidden, _ = teacher.run_backbone(teacher.embed(ids))
+        hidden, _ = teacher.run_backbone(teacher.embed(torch.zeros(size.batch, size.slots, dtype=torch.long)))
     ledger.move(hidden, TEACHER_STATES)
-    return hidden
-
-
-def _objective(config: TrainingConfig) -> Objective:
-    if not isinstance(config, OpdConfig):
-        return CrossEntropy()
-    settings: DivergenceSettings = config.divergence
-    if settings.mode == "full":
-        return Full(settings.beta)
-    return TopK(settings.k, settings.beta) if settings.mode == "topk" else Sampled()
-
-
-@dataclass(frozen=True)
-class _EveryPosition:
-    """The losses of a step in which every position is supervised: which ones are is not known of fake tensors, and this is the most."""
-
-    objective: Objective
-    teacher: LocalTeacher | None
-    ledger: MemoryLedger
-
-    def __call__(self, head: OutputMap, states: PairStates) -> PairLosses:
-        """See :class:`pipo.losses.PairObjective`."""
-        with self.ledger.part(LOSSES):
-            token1, _ = self._pass(head, states.backbone_hidden, states.labels1)
-            token2, found = self._pass(head, states.mtp_hidden, states.labels2)
-            logits_N = states.confidence_logits.reshape(-1).clone()
-            gate = confidence_loss(logits_N, found)
-            return PairLosses(token1 + token2 + gate, token1, token2, gate, logits_N.sigmoid(), found)
-
-    def _pass(self, head: OutputMap, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_NH = hidden.reshape(-1, hidden.shape[-1]).clone()
-        return _FewChunks.apply(hidden_NH, head, self.objective, labels.reshape(-1).clone(), self.teacher)  # type: ignore[no-untyped-call,no-any-return]
-
-
-class _FewChunks(torch.autograd.Function):
-    """The chunked pass over the head. All chunks take the same memory, so the first two stand for all."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, head: OutputMap, objective: Objective, labels_N: Tensor, teacher: Teacher | None
-    ) -> tuple[Tensor, Tensor]:
-        gradient_NH = torch.empty_like(hidden_NH)
-        num = 2 * max(1, CHUNK_BYTES // (NUM_WIDE * head.vocab_size * 4))
-        with torch.enable_grad():
-            few = hidden_NH[:num].detach().requires_grad_()
-            weights = torch.ones(len(few))
-            total, _ = head_pass(few, head, objective, labels_N[:num], weights, teacher=teacher)
-        ctx.save_for_backward(gradient_NH)
-        found_N = torch.empty(len(hidden_NH))
-        ctx.mark_non_differentiable(found_N)
-        return total.detach(), found_N
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * gradients[0], None, None, None, None
-
-
-def _optimizer_step(step: Counter[str], model: PipoForCausalLM, kernels: Kernels) -> Counter[str]:
-    """AdamW's temporaries: of one tensor at a time on a CPU, of all of them on a GPU."""
-    sizes = [parameter.numel() * parameter.element_size() for parameter in trained_parameters(model)]
-    parts = Counter({name: step[name] for name in (FROZEN, TRAINED, GRADIENTS, OPTIMIZER, TEACHER, TEACHER_STATES)})
-    parts["optimizer's temporaries"] = sum(sizes) if kernels == "cuda" else max(sizes, default=0)
-    return parts
+    vocab_size = min(model.config.vocab_size, teacher.config.vocab_size)
+    return LocalTeacher(hidden, cut_head(teacher.output_map(), vocab_size), torch.zeros(shape, dtype=torch.long))
 
 
 # --- several processes ----------------------------------------------------------------------------------------
@@ -301,9 +242,7 @@ def _divide(config: TrainingConfig, parts: Counter[str], model: PipoForCausalLM,
     for name in shared:
         divided[name] = math.ceil(parts[name] / world_size)
     if strategy == "fsdp2":
-        divided[EXCHANGE] = 2 * max(_num_bytes(layer) for layer in model.backbone.decoder.layers) + _outside_layers(
-            model
-        )
+        divided[EXCHANGE] = _gathered_bytes(model)
     else:  # DDP's buckets, ZeRO's reduction: gradients once more
         divided[EXCHANGE] = parts[GRADIENTS]
     if isinstance(config, OpdConfig) and config.teacher.shard:
@@ -315,6 +254,7 @@ def _num_bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def _outside_layers(model: PipoForCausalLM) -> int:
-    """Weights outside the decoder's layers, which are gathered together while the model runs."""
-    return _num_bytes(model) - sum(_num_bytes(layer) for layer in model.backbone.decoder.layers)
+def _gathered_bytes(model: PipoForCausalLM) -> int:
+    """Whole weights under FSDP2: the layer at work and the one that is fetched ahead, and all that lies outside the layers."""
+    layers = [_num_bytes(layer) for layer in (*model.backbone.decoder.layers, *model.mtp.layers)]
+    return 2 * max(layers) + _num_bytes(model) - sum(layers)

@@ -15,6 +15,7 @@ from transformers import TrainingArguments, set_seed
 from pipo.data.conversation import load_tokenizer
 from pipo.errors import ConfigError
 from pipo.model.adapter import tokenizer_home
+from pipo.model.backbone import checkpoint_activations
 from pipo.model.checkpoint import is_pipo
 from pipo.model.convert import as_dtype
 from pipo.model.files import find_checkpoint
@@ -87,6 +88,11 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
     watch = watch or Watch()
     check_trackers(config.run)
     args = training_arguments(config.run, config.optimizer)
+    if config.run.processes not in (None, args.world_size):
+        raise ConfigError(
+            f"run.processes: this run is meant for {config.run.processes} processes and was started on {args.world_size}, which would "
+            "change its batch. Start it with torchrun --nproc-per-node, or set run.processes and run.accumulation"
+        )
     folder = RunFolder(Path(config.run.out), task.kind, config)
     finished = distributed.on_main(lambda: folder.open(resume))
     if finished is not None:
@@ -197,9 +203,7 @@ def _set_up(kind: Kind, config: TrainingConfig, args: TrainingArguments, note: C
     model = load_model(config.model, base)
     trainable = prepare_model(model, config.tuning, kind)
     if config.run.gradient_checkpointing:
-        # Its name since transformers 5.23; both are non-reentrant by default.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        checkpoint_activations(model)
     tokenizer = load_tokenizer(tokenizer_home(base))
     pad_id = model.config.pad_token_id
     if tokenizer is None:

@@ -1,0 +1,205 @@
+"""What a run would do, found out without doing it: settings, parameters, what is trained, steps, memory. `pipo sft|opd --plan`.
+
+Nothing is downloaded. A model is read from its folder or from the local copy of a hub repository, else its sizes come from the
+bundled table of shapes. What can't be known without the network is None, and its name is in `unknown` with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from pipo.data.records import count_rows, is_local
+from pipo.errors import CheckpointError, DataError, UnsupportedModelError
+from pipo.model.adapter import is_adapter, read_adapter
+from pipo.model.checkpoint import is_pipo, load_config
+from pipo.model.convert import as_dtype, base_config
+from pipo.model.files import find_checkpoint
+from pipo.model.inspection import part_of
+from pipo.model.modeling import PipoForCausalLM
+from pipo.model.shapes import base_without_weights, pipo_without_weights, shape_config, shape_of_checkpoint
+from pipo.training.batches import num_steps
+from pipo.training.config import OpdConfig, TrainingConfig
+from pipo.training.lora import Trainable, prepare_model
+from pipo.training.memory import Kernels, MemoryEstimate, StepSize, estimate_memory
+
+Stage = Literal["sft", "opd"]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model by its sizes. `origin` says where they come from. `num_parameters`: of each part; a tied head counts once."""
+
+    path: str
+    origin: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_parameters: dict[str, int]
+
+    @property
+    def total_parameters(self) -> int:
+        """Of all parts."""
+        return sum(self.num_parameters.values())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Counts of examples and steps; None where the number of examples is not known. `max_slots` is of one example."""
+
+    num_processes: int
+    examples_per_step: int
+    num_examples: int | None
+    max_slots: int
+    num_steps: int | None
+    num_warmup_steps: int | None
+
+
+@dataclass
+class Plan:
+    """Everything that can be said of a run before it starts."""
+
+    stage: Stage
+    config: TrainingConfig
+    steps: StepPlan
+    kernels: Kernels
+    """Whose linear attention and which optimizer the memory is counted for: a GPU's, or a CPU's."""
+    model: ModelPlan | None = None
+    trained: Trainable | None = None
+    teacher: ModelPlan | None = None
+    memory: MemoryEstimate | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+    """What is not known → why."""
+
+    @property
+    def lora_layers(self) -> dict[str, int]:
+        """Name of an adapted layer → how many there are of it."""
+        return dict(Counter(name.rsplit(".", 1)[-1] for name in self.trained.lora_modules)) if self.trained else {}
+
+
+def make_plan(config: TrainingConfig, num_processes: int = 1) -> Plan:
+    """The plan of the run that `config` describes, on `num_processes` devices.
+
+    Raises:
+        ConfigError: settings that the model refuses, such as a target that names no layer; an unknown shape.
+        CheckpointError: a model that is here, and can't be read.
+    """
+    opd = isinstance(config, OpdConfig)
+    plan = Plan("opd" if opd else "sft", config, _steps(config, num_processes), _kernels(config))
+    if plan.steps.num_examples is None:
+        plan.unknown["num_examples"] = f"{config.data.train} can't be read here; set data.num_examples"
+    student = _read_config(config.model.path, config.model.shape)
+    if student is None:
+        plan.unknown["model"] = (
+            f"{config.model.path} can't be read here and is not in the table of shapes; set model.shape"
+        )
+        return plan
+    text_config, compressor, origin = student
+    model = pipo_without_weights(
+        text_config, compressor or config.model.compressor, as_dtype(config.model.dtype), config.model.attention
+    )
+    plan.trained = prepare_model(model, config.tuning, plan.stage)
+    plan.model = _model_plan(config.model.path, origin, text_config, model)
+    _plan_memory(plan, model)
+    return plan
+
+
+def _kernels(config: TrainingConfig) -> Kernels:
+    if config.run.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.run.device
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def _read_config(path: str, shape: str | None) -> tuple[PreTrainedConfig, str | None, str] | None:
+    """A model's text config, its compressor where it is a PIPO model, and where they come from; None: not to be had."""
+    try:
+        folder = find_checkpoint(path, local_files_only=True)
+    except CheckpointError:
+        name = shape or shape_of_checkpoint(path)
+        return None if name is None else (shape_config(name), None, f"shape {name}")
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        inner = _read_config(adapter.base, shape)
+        return None if inner is None else (inner[0], adapter.compressor_type, inner[2])
+    if is_pipo(folder):
+        config = load_config(folder)
+        return config.text_config, config.compressor_type, str(folder)
+    return base_config(folder), None, str(folder)
+
+
+def _model_plan(path: str, origin: str, config: PreTrainedConfig, model: torch.nn.Module) -> ModelPlan:
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts["lora" if ".lora_" in name else part_of(name)] += parameter.numel()
+    return ModelPlan(
+        path,
+        origin,
+        config.model_type,
+        int(config.num_hidden_layers),
+        int(config.hidden_size),
+        int(config.vocab_size),
+        dict(counts),
+    )
+
+
+# --- steps ------------------------------------------------------------------------------------------------
+
+
+def _steps(config: TrainingConfig, num_processes: int) -> StepPlan:
+    run = config.run
+    num_examples = _count_examples(config)
+    total = run.max_steps if num_examples is None else num_steps(num_examples, run, num_processes)
+    warmup = None if total is None else math.ceil(config.optimizer.warmup * total)
+    per_step = run.batch_size * run.accumulation * num_processes
+    return StepPlan(num_processes, per_step, num_examples, _max_slots(config), total, warmup)
+
+
+def _max_slots(config: TrainingConfig) -> int:
+    """Slots of an example at most, even; a rollout's prompt is padded to whole pairs."""
+    if not isinstance(config, OpdConfig):
+        return config.data.max_slots
+    longest = config.rollout.max_slots + config.data.max_prompt_tokens
+    return longest + longest % 2
+
+
+def _count_examples(config: TrainingConfig) -> int | None:
+    data = config.data
+    if not is_local(data.train):
+        return data.num_examples
+    try:
+        found = count_rows(data.train, split=data.split, subset=data.subset)
+    except DataError:
+        return data.num_examples
+    return found if data.num_examples is None else min(found, data.num_examples)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def _plan_memory(plan: Plan, model: PipoForCausalLM) -> None:
+    config, teacher = plan.config, None
+    if isinstance(config, OpdConfig) and config.teacher.backend == "local":
+        assert config.teacher.path is not None
+        found = _read_config(config.teacher.path, config.teacher.shape)
+        if found is None:
+            reason = f"{config.teacher.path} can't be read here and is not in the table of shapes; set teacher.shape"
+            plan.unknown["teacher"] = plan.unknown["memory"] = reason
+            return
+        teacher = base_without_weights(found[0], as_dtype(config.teacher.dtype))
+        plan.teacher = _model_plan(config.teacher.path, found[2], found[0], teacher)
+    size = StepSize(plan.steps.max_slots, config.run.batch_size)
+    try:
+        plan.memory = estimate_memory(
+            config, model, teacher, size=size, kernels=plan.kernels, world_size=plan.steps.num_processes
+        )
+    except UnsupportedModelError as error:
+        plan.unknown["memory"] = str(error)
