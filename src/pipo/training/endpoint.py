@@ -12,7 +12,7 @@ from typing import Any
 
 from pipo.errors import EndpointError
 
-BUSY = frozenset({408, 409, 429, 502, 503, 504})
+BUSY = frozenset({408, 409, 429, 502, 503})
 """Statuses after which the same request may well be answered."""
 LONGEST_WAIT_S = 30.0
 
