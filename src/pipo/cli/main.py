@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipo
-from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, serve, sft
+from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, opd, serve, sft
 from pipo.cli.terminal import print_error
 from pipo.errors import PipoError
 
@@ -74,6 +74,7 @@ app.command()(fetch.fetch)
 app.add_typer(data.app, name="data")
 app.command()(merge.merge)
 app.command()(sft.sft)
+app.command()(opd.opd)
 
 
 def main() -> None:

@@ -98,6 +98,10 @@ def _describe(row: Row) -> str:
     parts = [losses]
     if not isnan(rate := row.get("commit_rate@0.95", float("nan"))):
         parts.append(f"commits {rate:.0%} at τ 0.95")
+    if "rollout_tokens" in row:
+        parts.append(f"{row['rollout_tokens']:,.0f} tokens a rollout")
+    if "rollout_accuracy" in row:
+        parts.append(f"{row['rollout_accuracy']:.0%} right")
     parts += [f"lr {row['lr']:.1e}", f"{row['slots_per_s']:,.0f} slots/s"]
     return "  ".join(parts)
 

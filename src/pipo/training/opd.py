@@ -24,7 +24,7 @@ from pipo.model.checkpoint import is_pipo
 from pipo.model.files import find_checkpoint
 from pipo.training import distributed
 from pipo.training.checkpoints import whole_folder
-from pipo.training.config import OpdConfig, RolloutSettings, TeacherSettings
+from pipo.training.config import OpdConfig, OpdDataSettings, RolloutSettings, TeacherSettings
 from pipo.training.distillation import Distillation, RolloutCounts, StudentText
 from pipo.training.endpoint import Endpoint
 from pipo.training.recorded import RecordedRollouts, RecordingRollouts
@@ -160,17 +160,7 @@ def run_opd(
     made: list[PromptDataset] = []
 
     def dataset(setup: Setup) -> PromptDataset:
-        made.append(
-            build_prompt_dataset(
-                config.data.train,
-                setup.tokenizer,
-                max_prompt_tokens=config.data.max_prompt_tokens,
-                template_options=config.data.template_options,
-                num_examples=config.data.num_examples,
-                split=config.data.split,
-                subset=config.data.subset,
-            )
-        )
+        made.append(open_prompts(setup, config.data))
         return made[-1]
 
     def options(setup: Setup) -> Mapping[str, Any]:
@@ -178,6 +168,22 @@ def run_opd(
 
     task = Task("opd", dataset, lambda setup: list, OpdTrainer, options)
     return run_training(task, config, resume=resume, watch=watch)
+
+
+def open_prompts(setup: Setup, data: OpdDataSettings) -> PromptDataset:
+    """The prompts to answer; what became of the data's rows is told."""
+    found = build_prompt_dataset(
+        data.train,
+        setup.tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        template_options=data.template_options,
+        num_examples=data.num_examples,
+        split=data.split,
+        subset=data.subset,
+    )
+    for line in found.report.lines():
+        setup.note(line)
+    return found
 
 
 def check_config(config: OpdConfig) -> None:
