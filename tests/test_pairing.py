@@ -260,3 +260,12 @@ def test_counts_are_of_tokens_that_a_user_sees(outcomes):
     else:
         assert math.isnan(counts.commit_rate)
         assert math.isnan(counts.tokens_per_step)
+
+
+@given(slots(), st.integers(0, 30))
+def test_a_cut_keeps_whole_pairs(row, half):
+    """Else a cut example would end in half a pair, or with another pair's label."""
+    kept = pairing.cut_slots(row, 2 * half)
+    assert (kept.ids, kept.labels, kept.filler) == tuple(x[: 2 * half] for x in (row.ids, row.labels, row.filler))
+    with pytest.raises(PairingError, match="must be even"):
+        pairing.cut_slots(row, 2 * half + 1)

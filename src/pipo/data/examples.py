@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ LAYOUTS: Mapping[str, Callable[[Slots, float, random.Random, int], Slots]] = {
 }
 ROWS_AT_ONCE = 64
 """Rows that the tokenizer gets together: it works on as many cores as there are."""
+NOTE_EVERY_S = 30.0
+"""Between notes on how far tokenising has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,19 @@ class Count:
     LINE, SLOTS, BEFORE, DRAFTS, SUPERVISED = range(5)
 
 
+def _write_examples(writer: CacheWriter, examples: Iterator[tuple[int, Example]], note: Callable[[str], None]) -> int:
+    """Write all examples; how many rows they are of."""
+    lines = set()
+    told_at = time.monotonic()
+    for line, example in examples:
+        writer.add(example.turns, _counts(line, example))
+        lines.add(line)
+        if time.monotonic() - told_at > NOTE_EVERY_S:
+            told_at = time.monotonic()
+            note(f"{len(lines)} rows tokenised")
+    return len(lines)
+
+
 def _counts(line: int, example: Example) -> list[int]:
     slots = slots_from_turns(example.turns, 0)
     supervised = [label != IGNORE_INDEX for label in slots.labels]
@@ -195,18 +211,18 @@ def build_sft_dataset(
         "num_examples": num_examples,
     }
 
+    tell = note or (lambda _: None)
+
     def write(writer: CacheWriter) -> dict[str, Any]:
         rows = read_rows(source, SftRow, split=split, subset=subset)
         bad: list[BadRow] = []
-        lines = set()
-        for line, example in examples_of_rows(rows, tokenizer, thinking_prefix, template_options, num_examples, bad):
-            writer.add(example.turns, _counts(line, example))
-            lines.add(line)
-        report = DropReport(str(source), rows.num_read, len(lines), writer.num_examples)
-        report.bad = sorted([*rows.bad, *bad], key=lambda row: row.line)
-        return {"report": asdict(report.check())}
+        examples = examples_of_rows(rows, tokenizer, thinking_prefix, template_options, num_examples, bad)
+        num_used = _write_examples(writer, examples, tell)
+        bad_rows = sorted([*rows.bad, *bad], key=lambda row: row.line)
+        report = DropReport(str(source), rows.num_read, num_used, writer.num_examples, bad_rows)
+        return {"report": report.check().as_dict()}
 
-    cache = open_cache(Path(cache_dir), str(source), key, write, note or (lambda _: None))
+    cache = open_cache(Path(cache_dir), str(source), key, write, tell)
     dataset = SftDataset(cache, pad_id, max_slots=max_slots, layout=layout, max_pad_ratio=max_pad_ratio, seed=seed)
     dataset.report.source = str(source)  # the rows may have been elsewhere when they were tokenised
     dataset.report.check()
