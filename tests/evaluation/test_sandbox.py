@@ -143,6 +143,18 @@ except OSError:
         code = f"for i in range(100): open(f'{folder}/{{i}}', 'wb').write(bytes(10**6))"
         assert b"No space left" in run(sandbox, code, output_bytes=2 * 10**6).stderr
 
+    def test_it_may_recurse_deeply(self, sandbox):
+        """8 MiB of stack, the usual limit, end after some thousand calls through C."""
+        code = """
+import sys
+sys.setrecursionlimit(10**6)
+def count(depth):
+    return depth and 1 + max([0], key=lambda _: count(depth - 1))
+print(count(30_000))
+"""
+        result = run(sandbox, code)
+        assert result.status == "ok", (result.exit_code, result.stderr[-200:])
+
     def test_a_signal_that_ends_it_is_an_error(self, sandbox):
         assert run(sandbox, "import os; os.kill(os.getpid(), 11)").exit_code == 128 + 11
 

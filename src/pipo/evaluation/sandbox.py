@@ -47,12 +47,16 @@ report, cpu_s, memory, processes, size = map(int, sys.argv[1:6])
 os.set_inheritable(report, False)
 for what, value in ((r.RLIMIT_CORE, 0), (r.RLIMIT_CPU, cpu_s), (r.RLIMIT_AS, memory), (r.RLIMIT_NPROC, processes), (r.RLIMIT_FSIZE, size)):
     if value >= 0: r.setrlimit(what, (value, value))
+most = r.getrlimit(r.RLIMIT_STACK)[1]
+deep = min(memory // 2, 2**28)
+r.setrlimit(r.RLIMIT_STACK, (deep if most == r.RLIM_INFINITY else min(deep, most), most))
 os.write(report, b"+")
 try: os.execvp(sys.argv[6], sys.argv[6:])
 except OSError as error: os.write(report, str(error).encode())
 os._exit(127)
 """
-"""Runs in the sandbox, before the program: sets the limits there, where they count no other sandbox's processes."""
+"""Runs in the sandbox, before the program: sets the limits there, where they count no other sandbox's processes. The stack may grow
+to 256 MiB, as where such problems come from: the usual 8 MiB end right programs that recurse deeply."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,10 @@ def open_sandbox(unsafe_local: bool = False) -> Sandbox:
     """The sandbox of this machine, or none at all where `unsafe_local` asks for that.
 
     Raises:
-        ConfigError: there is none, and `unsafe_local` is off.
+        ConfigError: there is none, and `unsafe_local` is off; or this is not Linux.
     """
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(f"programs of a model run on Linux only, and this is {sys.platform}")
     return UnsafeLocal() if unsafe_local else Bubblewrap()
 
 
