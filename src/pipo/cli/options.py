@@ -69,6 +69,9 @@ def _engine(name: str, kind: Any, default: Any, help: str, *args: str, **setting
 SAMPLING_OPTIONS = (
     _sampling("threshold", float, "Commit a draft when its confidence reaches this. 0: always; above 1: never."),
     _sampling("max_tokens", int | None, "Most tokens to write.", show_default="until the context is full"),
+    _sampling(
+        "max_pairs", int | None, "Most pairs to write, whatever they hold.", show_default="until the context is full"
+    ),
     _sampling("min_tokens", int, "No stop before this many tokens."),
     _sampling("temperature", float, "0 is greedy."),
     _sampling("top_p", float, "Keep the likeliest tokens that together have this probability."),
