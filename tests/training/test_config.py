@@ -82,3 +82,19 @@ def test_a_missing_group_and_a_file_that_is_no_yaml(write):
         load_config(SftConfig, write("- 1"))
     with pytest.raises(ConfigError, match="can't be read"):
         load_config(SftConfig, "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.strategy=fsdp2"], "rollout.backend: engine can't run on weights that are sharded"),
+        (["rollout.backend=server", "rollout.url=http://x", "rollout.sync_every=3"], "multiple of rollout.sync_every"),
+        (["rollout.backend=files"], "rollout: path goes with backend: files"),
+        (["divergence.mode=sampled", "divergence.beta=0.5"], "divergence.beta must be 1"),
+        (["divergence.mode=full", "teacher.backend=files"], "needs the whole vocabulary"),
+    ],
+)
+def test_settings_of_opd_that_contradict_each_other_are_named_and_not_printed_whole(write, overrides, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(OpdConfig, write(OPD), overrides)
+    assert len(str(error.value)) < 350

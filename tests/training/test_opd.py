@@ -209,23 +209,6 @@ def test_bfloat16_with_checkpointing_and_dropout_runs(world: Path, tmp_path: Pat
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("groups", "named"),
-    [
-        ({"run": {"strategy": "fsdp2"}}, "rollout.backend: engine can't run on weights that are sharded"),
-        ({"rollout": {"backend": "server", "url": "http://x", "sync_every": 3}}, "multiple of rollout.sync_every"),
-        ({"divergence": {"mode": "sampled", "beta": 0.5}}, "divergence.beta must be 1"),
-        ({"divergence": {"mode": "full"}, "teacher": {"backend": "files"}}, "a teacher's whole vocabulary"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused_before_anything_is_loaded(
-    groups: Any, named: str, world: Path, tmp_path: Path
-):
-    with pytest.raises(ConfigError, match=named):
-        run_opd(make_config(world, tmp_path / "run", **groups))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_teacher_that_writes_pairs_or_speaks_otherwise_is_refused(world: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="is a PIPO checkpoint"):
         run_opd(make_config(world, tmp_path / "a", teacher={"path": str(world / "student")}))

@@ -8,7 +8,6 @@ import typer
 
 from pipo.cli import training
 from pipo.cli.graders import open_named_graders
-from pipo.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipo.data.grade import Grader
@@ -51,7 +50,10 @@ def opd(
 
     settings = load_config(OpdConfig, config, overrides or ())
     if plan:
-        raise ConfigError("--plan can't be made yet")
+        from pipo.cli.plans import show_plan
+
+        show_plan(settings, as_json)
+        return
     training.need_packages()
     from pipo.training.opd import Outside, run_opd
 

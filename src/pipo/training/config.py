@@ -262,6 +262,30 @@ class OpdConfig(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     loss: LossSettings = LossSettings()
 
+    @model_validator(mode="after")
+    def _fits(self) -> OpdConfig:
+        rollout, run, mode = self.rollout, self.run, self.divergence.mode
+        if rollout.backend == "engine" and run.strategy == "fsdp2":
+            raise ValueError(
+                "rollout.backend: engine can't run on weights that are sharded (run.strategy: fsdp2): every process would have to step "
+                "with the others, sample by sample. Use run.strategy: ddp or zero2, or rollout.backend: server"
+            )
+        if rollout.backend == "server" and run.save_every % rollout.sync_every:
+            raise ValueError(
+                f"run.save_every ({run.save_every}) must be a multiple of rollout.sync_every ({rollout.sync_every}): a run that goes on "
+                "from a checkpoint sends its weights anew, which an undisturbed one would not have done there"
+            )
+        if mode == "sampled" and self.divergence.beta != 1:
+            raise ValueError(
+                f"divergence.mode: sampled estimates the reverse KL alone, so divergence.beta must be 1, got {self.divergence.beta}"
+            )
+        if mode == "full" and self.teacher.backend != "local":
+            raise ValueError(
+                f"divergence.mode: full needs the whole vocabulary, and teacher.backend: {self.teacher.backend} gives the best few; "
+                "use topk or sampled, or a local teacher"
+            )
+        return self
+
 
 TrainingConfig = SftConfig | OpdConfig
 Config = TypeVar("Config", SftConfig, OpdConfig)
@@ -312,4 +336,6 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"{where} is needed"
     if problem["type"] == "extra_forbidden":
         return f"{where} is no setting"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+    said = f"{where}: " * bool(where) + problem["msg"].removeprefix("Value error, ")
+    # A group that contradicts itself has said what of it does.
+    return said if isinstance(problem["input"], Mapping) else f"{said}, got {problem['input']!r}"

@@ -151,10 +151,9 @@ def run_opd(
     """Distil, from the start or (with `resume`) from the last whole checkpoint, and write `final/`. Gives a summary of the run.
 
     Raises:
-        ConfigError: settings that don't go together. EndpointError: a server can't be reached.
+        ConfigError: teacher and student don't go together. EndpointError: a server can't be reached.
         CheckpointError, DataError, TrainingError
     """
-    check_config(config)
     outside = outside or Outside()
 
     made: list[PromptDataset] = []
@@ -184,30 +183,6 @@ def open_prompts(setup: Setup, data: OpdDataSettings) -> PromptDataset:
     for line in found.report.lines():
         setup.note(line)
     return found
-
-
-def check_config(config: OpdConfig) -> None:
-    """Raise `ConfigError` for settings that don't go together."""
-    rollout, run = config.rollout, config.run
-    if rollout.backend == "engine" and run.strategy == "fsdp2":
-        raise ConfigError(
-            "rollout.backend: engine can't run on weights that are sharded (run.strategy: fsdp2): every process would have to step "
-            "with the others, sample by sample. Use run.strategy: ddp or zero2, or rollout.backend: server"
-        )
-    if rollout.backend == "server" and run.save_every % rollout.sync_every:
-        raise ConfigError(
-            f"run.save_every ({run.save_every}) must be a multiple of rollout.sync_every ({rollout.sync_every}): a run that goes on from a "
-            "checkpoint sends its weights anew, which an undisturbed one would not have done there"
-        )
-    if config.divergence.mode == "sampled" and config.divergence.beta != 1:
-        raise ConfigError(
-            f"divergence.mode: sampled estimates the reverse KL alone, so divergence.beta must be 1, got {config.divergence.beta}"
-        )
-    if config.divergence.mode == "full" and config.teacher.backend != "local":
-        raise ConfigError(
-            f"divergence.mode: full needs a teacher's whole vocabulary, and teacher.backend: {config.teacher.backend} gives the best few: "
-            "use topk or sampled, or a local teacher"
-        )
 
 
 def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> Mapping[str, Any]:
