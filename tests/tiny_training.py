@@ -1,7 +1,7 @@
-"""Tiny runs of training on slots made on the spot, in this process or in others (`python tiny_training.py FOLDER settings.json`)."""
+"""Tiny runs of training on slots made on the spot, in this process or in others (`python tiny_training.py JOBS`)."""
 
+import contextlib
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -91,11 +91,37 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in ("seconds", "slots_per_s")} for row in rows]
 
 
+class StoppedError(Exception):
+    """A run was stopped on purpose, in every process."""
+
+
+def stopping_after(step: int) -> Any:
+    """A trainer that stops once its checkpoint of `step` is written."""
+    from pipo.training.trainer import PipoTrainer
+
+    class Stopping(PipoTrainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            if self.state.global_step == step:
+                raise StoppedError
+
+    return Stopping
+
+
 def main() -> None:
-    base, out, groups, options = json.loads(sys.argv[1])
-    train(settings(Path(base), Path(out), **groups), **options)
+    """Run the jobs of a JSON list, one after the other: `{base, out, groups, resume, stop_after}`."""
+    from pipo.training import distributed
+
+    for job in json.loads(sys.argv[1]):
+        stop = job.get("stop_after")
+        config = settings(Path(job["base"]), Path(job["out"]), **job.get("groups", {}))
+        with contextlib.suppress(StoppedError):
+            train(config, resume=job.get("resume", False), trainer=stop and stopping_after(stop))
+    distributed.stop()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
     main()
