@@ -60,10 +60,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        _sync(folder.parent)
+        _replace(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(
@@ -71,6 +68,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ):  # the last two: how torch and safetensors report a full disk
             raise CheckpointError(f"{folder} could not be written: {error}. Older checkpoints are untouched") from error
         raise
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`, which may be there already."""
+    before = folder.with_name(f"{PARTIAL}before-{folder.name}")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if before.exists():
+            before.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a whole folder, which a kill in the middle of it must not leave half there under its name."""
+    gone = folder.with_name(f"{PARTIAL}removed-{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _sync(path: Path) -> None:
@@ -122,7 +142,7 @@ class Checkpoints:
                 manifest = {"step": step, "num_processes": distributed.num_processes(), "files": sizes}
                 (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for old in self.all()[: -self.keep]:
-                shutil.rmtree(old)
+                remove_folder(old)
 
         distributed.on_main(write)
 
