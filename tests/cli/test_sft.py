@@ -86,3 +86,10 @@ def test_errors_of_the_caller_are_one_line(run, recipe, tmp_path):
         assert len(result.stderr.splitlines()) == 1
     result = run("sft", recipe, "run.max_steps=1")  # nothing was trained before: the folder is as good as empty
     assert result.exit_code == 0, result.output
+
+
+def test_a_plan_trains_nothing(run, recipe, tmp_path):
+    result = run("sft", recipe, "--plan", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trained"]["num_trained"] > 0
+    assert not (tmp_path / "run").exists()

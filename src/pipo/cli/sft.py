@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pipo.cli import training
-from pipo.errors import ConfigError
 
 
 def sft(
@@ -23,7 +22,10 @@ def sft(
 
     settings = load_config(SftConfig, config, overrides or ())
     if plan:
-        raise ConfigError("--plan can't be made yet")
+        from pipo.cli.plans import show_plan
+
+        show_plan(settings, as_json)
+        return
     training.need_packages()
     from pipo.training.sft import run_sft
 
