@@ -52,7 +52,17 @@ def tiny() -> PipoForCausalLM:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "server.log"
-    options = ("--max-num-seqs", "32", "--max-queue", "600", "--max-body-bytes", "100000", "--threshold", "0.45")
+    options = (
+        "--max-num-seqs",
+        "32",
+        "--max-queue",
+        "600",
+        "--max-body-bytes",
+        "100000",
+        "--threshold",
+        "0.45",
+        "--allow-weight-updates",
+    )
     with served(checkpoint, log, *options, PIPO_API_KEY=KEY) as running:
         yield running
 
@@ -289,3 +299,11 @@ def test_other_machines_only_with_a_key(checkpoint: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(checkpoint), "--host", "0.0.0.0"], env={"PIPO_API_KEY": None})
     assert result.exit_code == 2
     assert "--allow-unauthenticated" in result.output
+
+
+def test_the_flag_opens_the_way_for_other_weights(server: Served, tmp_path: Path) -> None:
+    answer = httpx2.post(
+        f"{server.url}/update_weights_from_disk", json={"model_path": str(tmp_path)}, headers=AUTH, trust_env=False
+    )
+    assert answer.status_code == 400
+    assert "config.json" in answer.json()["error"]["message"]

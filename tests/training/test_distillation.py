@@ -19,7 +19,7 @@ from pipo.training.config import DivergenceSettings, LossSettings
 from pipo.training.distillation import Distillation, RolloutCounts, StudentText
 from pipo.training.rollout import EngineRollouts
 from pipo.training.teacher import LocalTeacherModel
-from rollout_cases import PROMPTS, make_student, make_teacher, settings
+from rollout_cases import PROMPTS, make_student, make_teacher, pair, rollout, settings
 
 PAD = 256
 
@@ -137,3 +137,13 @@ def test_counts_are_of_what_was_written():
     assert RolloutCounts.of_tensor(counts.as_tensor()) == counts
     assert distillation.take_seconds()["rollout_s"] > 0
     assert distillation.take_seconds()["rollout_s"] == 0
+
+
+def test_graders_read_a_thinking_block_from_its_opening():
+    """The template wrote `<think>`, the student the rest; a rollout whose prompt does not end so is read as it is."""
+    tokenizer = byte_tokenizer()
+    distillation = distil(make_student(), "topk", tokenizer=tokenizer, thinking_prefix="<think>\n")
+    answer = [pair(token) for token in tokenizer.encode("so</think>7")]
+    for prompt, text in (("7?<think>\n", "<think>\nso</think>7"), ("7?", "so</think>7")):
+        found = rollout(tokenizer.encode(prompt), *answer, pair(258))
+        assert distillation.text_of(found) == text

@@ -23,6 +23,7 @@ from pipo.training.opd import OpdTrainer, Outside, run_opd
 from pipo.training.recorded import texts_of
 from pipo.training.run import Watch
 from pipo.training.served_teacher import LocalScorer, write_teacher_files
+from teacher_server import scoring
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,15 @@ def test_rollouts_of_a_server_give_the_losses_of_those_of_the_engine(method: str
         run_opd(make_config(world, tmp_path / "served", rollout={"backend": "server", "url": url}, **tuning))
     assert losses_of(tmp_path / "served") == pytest.approx(losses_of(tmp_path / "engine"), rel=2e-3)
     assert list((tmp_path / "served" / "sync").iterdir()) == []
+
+
+def test_a_served_teacher_gives_the_losses_of_the_local_one(undisturbed: Path, world: Path, tmp_path: Path):
+    """It is asked for every token of every text that was written, and returns all of the vocabulary."""
+    with scoring(BaseForCausalLM.from_pretrained(world / "teacher")) as (url, asked):
+        teacher = {"backend": "server", "path": None, "url": url, "top_k": 259}
+        run_opd(make_config(world, tmp_path / "run", teacher=teacher))
+    assert len(asked) == 12
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(undisturbed), rel=1e-3)
 
 
 def test_two_processes_give_the_losses_of_one(undisturbed: Path, world: Path, tmp_path: Path):

@@ -24,6 +24,8 @@ from pipo.training.teacher import CommonVocabulary, TeacherModel
 
 T = TypeVar("T")
 GRADING_THREADS = 8
+PROMPT_END_TOKENS = 32
+"""That are looked at for the opening of a thinking block."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Distillation:
         pad_id: of fillers. stop_ids: tokens that end a text, which graders do not read.
         vocab_size: entries that student and teacher share, where that is not all of the student's.
         graders: by the name that rows call them by. tokenizer: makes the texts that they read.
+        thinking_prefix: the opening of a thinking block, which belongs to such a text where the prompt ends in it.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Distillation:
         vocab_size: int | None = None,
         graders: Mapping[str, Grader] | None = None,
         tokenizer: Any = None,
+        thinking_prefix: str = "",
     ) -> None:
         self.rollouts = rollouts
         self.teacher = teacher
@@ -111,6 +115,7 @@ class Distillation:
         self.vocab_size = vocab_size
         self.graders = dict(graders or {})
         self.tokenizer = tokenizer
+        self.thinking_prefix = thinking_prefix
         self.counts = RolloutCounts()
         """Of the latest :meth:`roll_out`."""
         self.seconds = {"rollout_s": 0.0, "grading_s": 0.0, "teacher_s": 0.0}
@@ -153,9 +158,12 @@ class Distillation:
         self.seconds["grading_s"] += time.perf_counter() - began
 
     def text_of(self, rollout: Rollout) -> str:
-        """What a reader sees of a rollout."""
+        """What a reader sees of a rollout, with the opening of the thinking block where the prompt ends in it."""
         ids = rollout.token_ids[:-1] if rollout.finished else rollout.token_ids
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        options = {"clean_up_tokenization_spaces": False}
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, **options))
+        opened = str(self.tokenizer.decode(rollout.prompt_ids[-PROMPT_END_TOKENS:], **options))
+        return self.thinking_prefix + text if opened.endswith(self.thinking_prefix) else text
 
     def objective(
         self, texts: Sequence[StudentText], num_items: NumItems | None, device: torch.device
@@ -164,9 +172,9 @@ class Distillation:
 
         `num_items`: as :class:`pipo.losses.DistilledObjective` takes it.
         """
-        began = time.perf_counter()
+        began = _now(device)
         teacher1, teacher2 = (on_device(one, device) for one in self.teacher.targets([text.slots for text in texts]))
-        self.seconds["teacher_s"] += time.perf_counter() - began
+        self.seconds["teacher_s"] += _now(device) - began
         ratios1, ratios2 = _ratios(texts, device) if self._needs_ratios else (None, None)
         objective = DistilledObjective(
             teacher1,
@@ -186,6 +194,13 @@ class Distillation:
         """What took how long since the last call."""
         taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
         return taken
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _ratios(texts: Sequence[StudentText], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -204,6 +204,7 @@ def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> M
         vocab_size=None if common == vocab_size else common,
         graders=_open_graders(prompts, outside) if config.data.grade else {},
         tokenizer=setup.tokenizer,
+        thinking_prefix=config.data.thinking_prefix,
     )
     return {"distillation": distillation, "sync": sync, "record": config.rollout.record}
 
