@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from loss_cases import make_case
 from pipo.losses import chunked, cross_entropy, divergence_loss
+from pipo.training.ledger import MemoryLedger
 
 WIDTH, VOCAB, BUDGET = 8, 2000, 2**20
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until it is freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
-
-
 def peak_bytes(num: int, mode: str, train_head: bool) -> int:
     case = make_case(num=num, width=WIDTH, vocab=VOCAB, supervise=1.0, train_head=train_head)
-    with LiveBytes() as memory:
+    with MemoryLedger() as memory:
         if mode == "cross_entropy":
             loss = cross_entropy(case.hidden, case.head, case.labels).mean
         else:
             loss = divergence_loss(mode, case.hidden, case.head, case.labels, case.local, beta=beta_of(mode)).mean
         loss.backward()
-    return memory.peak
+    return memory.peak_bytes
 
 
 def beta_of(mode: str) -> float:
@@ -75,6 +41,6 @@ def test_peak_memory_does_not_grow_with_the_vocabulary_times_the_length(mode, tr
 def test_the_measure_sees_whole_logits():
     """The counter would notice: plain logits of as many positions."""
     case = make_case(num=1600, width=WIDTH, vocab=VOCAB, supervise=1.0)
-    with LiveBytes() as memory:
+    with MemoryLedger() as memory:
         case.logits().log_softmax(-1).sum().backward()
-    assert memory.peak > 2 * 1600 * VOCAB * 4
+    assert memory.peak_bytes > 2 * 1600 * VOCAB * 4

@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from pipo.cli.plans import show_plan
+from pipo.cli.main import app
 from pipo.training.config import OpdConfig, SftConfig, load_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -32,11 +33,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_plans_offline(path: Path, offline: None, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_it_plans_offline(path: Path, offline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a recipe has an unknown key, a target that names no layer, or a plan that needs files that aren't there."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    show_plan(load(path), as_json=True)
-    plan = json.loads(capsys.readouterr().out)
+    stage = "opd" if "opd" in path.name else "sft"
+    result = CliRunner().invoke(app, [stage, str(path), "--plan", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
     assert plan["unknown"] == {}
     assert plan["steps"]["num_steps"] > 0
     assert plan["memory"]["peak_bytes"] == sum(plan["memory"]["components"].values())

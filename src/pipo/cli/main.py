@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import pipo
-from pipo.cli import chat, data, demo, export, fetch, generate, info, init, merge, opd, serve, sft
+from pipo.cli import bench, chat, data, demo, export, fetch, generate, info, init, merge, opd, serve, sft
 from pipo.cli.terminal import print_error
 from pipo.errors import PipoError
 
@@ -72,6 +72,7 @@ app.command()(init.init)
 app.command()(export.export)
 app.command()(fetch.fetch)
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 app.command()(merge.merge)
 app.command()(sft.sft)
 app.command()(opd.opd)

@@ -10,6 +10,7 @@ import yaml
 from rich.table import Table
 
 from pipo.cli.terminal import console, print_json
+from pipo.cli.training import need_packages
 
 if TYPE_CHECKING:
     from pipo.training.config import TrainingConfig
@@ -21,6 +22,7 @@ UNKNOWN = "unknown"
 
 def show_plan(config: TrainingConfig, as_json: bool) -> None:
     """Print the plan of a run. Of several processes, the first prints."""
+    need_packages()
     from pipo.training.plan import make_plan
 
     if int(os.environ.get("RANK", "0")):

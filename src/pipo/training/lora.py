@@ -83,7 +83,7 @@ def trainable_modules(model: nn.Module, tuning: TuningSettings, kind: Kind) -> T
     if tuning.method == "full":
         trained = sum(p.numel() for name, p in parameters.items() if not _never_trained(name))
         return Trainable("full", 0, 0.0, 0.0, (), (), (), trained, total)
-    lora, not_adapted = _lora_modules(model, tuning)
+    lora, not_adapted = lora_layers(model, tuning)
     whole = (*WHOLE_MODULES, *(_mtp_layer_norms(model) if _with_mtp_norms(tuning, kind) else ()))
     modules = dict(model.named_modules())
     num_lora = sum(tuning.rank * sum(modules[name].weight.shape) for name in lora)
@@ -160,7 +160,7 @@ def _with_mtp_norms(tuning: TuningSettings, kind: Kind) -> bool:
     return kind == "sft" if tuning.mtp_norms is None else tuning.mtp_norms
 
 
-def _lora_modules(model: nn.Module, tuning: TuningSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def lora_layers(model: nn.Module, tuning: TuningSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the layers to adapt, and of the fused experts' parameters that LoRA leaves out."""
     linears = {
         name: module

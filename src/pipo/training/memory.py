@@ -199,13 +199,15 @@ def _step(
     objective = EveryPosition(objective_of(config), targets[0] if targets else None)
     ledger.reset_peak()
     ids_BT = torch.zeros(size.batch, size.slots, dtype=torch.long)
+    # Rows of different lengths need a mask, which attention holds for every pair of positions.
+    mask_BT = torch.ones_like(ids_BT) if size.batch > 1 else None
 
     def counted(head: OutputMap, states: PairStates) -> PairLosses:
         with ledger.part(LOSSES):
             return objective(head, states)
 
     with ledger.part(KEPT), _autocast(config):
-        loss = model(input_ids=ids_BT, labels=ids_BT, objective=counted).loss
+        loss = model(input_ids=ids_BT, attention_mask=mask_BT, labels=ids_BT, objective=counted).loss
     assert loss is not None
     with ledger.part(WORKING):
         loss.backward()

@@ -1,0 +1,1 @@
+"""Benchmarks: what training and serving cost."""
