@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pipo.training.config import RunSettings
 from tiny_training import checkpoints, metrics, settings, train
 
 STEPS = {"max_steps": 3, "save_every": 2, "gradient_checkpointing": True}
+STRATEGIES = ["ddp", "fsdp2", *(["zero2"] if find_spec("deepspeed") else [])]
 GROUPS = {
     "lora": {"tuning": {"dropout": 0.0}},
     "full": {"tuning": {"method": "full"}, "optimizer": {"lr": 1e-3}},
@@ -42,7 +44,7 @@ def runs(tmp_path_factory):
     for kind, groups in GROUPS.items():
         train(settings(base, root / f"single-{kind}", run=STEPS, **groups))
     jobs = []
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in STRATEGIES:
         for kind, groups in GROUPS.items():
             job = {"base": str(base), "groups": {**groups, "run": {**STEPS, "strategy": strategy, "batch_size": 1}}}
             jobs.append({**job, "out": str(root / f"{strategy}-{kind}")})
@@ -54,7 +56,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_give_the_losses_and_weights_of_one(runs, strategy, kind):
     """The same four examples a step. bfloat16 multiplies batches of another size in another order."""
     tolerance = 2e-2 if kind == "bfloat16" else 1e-5
@@ -70,14 +72,14 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs, strategy, kind):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-2 if kind == "bfloat16" else 1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_resumed_run_of_two_processes_is_the_undisturbed_one(runs, strategy):
     assert metrics(runs / f"{strategy}-cut") == metrics(runs / f"{strategy}-lora")
     ours, theirs = (load_file(runs / f"{strategy}-{how}" / "final" / WEIGHTS["lora"]) for how in ("cut", "lora"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_of_two_processes_is_a_checkpoint_like_any(runs, strategy):
     """Any checkpoint loads as a model; but one process can't go on as if it were two."""
     out = runs / f"{strategy}-lora"

@@ -165,18 +165,21 @@ def test_a_folder_with_something_in_it_is_not_overwritten(models, tmp_path):
         train(settings(models[0], tmp_path / "notes"), resume=True)
 
 
-def test_what_is_not_there_is_refused(models, tmp_path):
+def test_what_is_not_there_is_refused(models, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds no GPU"):
             train(settings(models[0], tmp_path / "a", run={"device": "cuda"}))
     with pytest.raises(ConfigError, match="needs several processes"):
         train(settings(models[0], tmp_path / "b", run={"strategy": "fsdp2"}))
+    monkeypatch.setattr("pipo.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"zero2 needs deepspeed: pip install 'pipo-llm\[zero\]'"):
+        train(settings(models[0], tmp_path / "c", run={"strategy": "zero2"}))
     with pytest.raises(ConfigError, match="meant for 8 processes and was started on 1"):
         train(settings(models[0], tmp_path / "c", run={"processes": 8}))
     assert not (tmp_path / "c").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(models, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(models, tmp_path):
     from pipo.training.trainer import PipoTrainer
 
     class Broken(PipoTrainer):

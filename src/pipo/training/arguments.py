@@ -16,7 +16,7 @@ from pipo.training.config import OptimizerSettings, RunSettings
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def training_arguments(run: RunSettings, optimizer: OptimizerSettings) -> TrainingArguments:
+def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow: bool = False) -> TrainingArguments:
     """transformers' form of our settings, without the number of steps. Starts the process group where there are several processes."""
     on_cpu = distributed.check_device(run)
     logging.set_verbosity_error()
@@ -46,10 +46,30 @@ def training_arguments(run: RunSettings, optimizer: OptimizerSettings) -> Traini
         use_cpu=on_cpu,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        deepspeed=None,
+        deepspeed=zero2_config(narrow) if run.strategy == "zero2" else None,
     )
     _ = arguments.device  # sets the processes up
     return arguments
+
+
+def zero2_config(narrow: bool) -> dict[str, Any]:
+    """DeepSpeed's settings: ZeRO-2 over weights as they are, float32 where they are trained.
+
+    `narrow`: compute in bfloat16. DeepSpeed turns an autocast off that it was not told of; gradients are summed in float32 all the same.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+    if find_spec("deepspeed") is None:
+        raise ConfigError("run.strategy: zero2 needs deepspeed: pip install 'pipo-llm[zero]'")
+    return {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "torch_autocast": {"enabled": narrow, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+    }
 
 
 def check_trackers(run: RunSettings) -> None:

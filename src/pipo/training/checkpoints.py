@@ -30,7 +30,13 @@ from pipo.training.lora import trained_parameters
 from pipo.training.metrics import Meter
 from pipo.training.weights import WeightWriter, read_trained
 
-MANIFEST, STATE, OPTIMIZER, PROGRESS = "checkpoint.json", "trainer_state.json", "optimizer.pt", "progress.pt"
+MANIFEST, STATE, OPTIMIZER, PROGRESS, ZERO = (
+    "checkpoint.json",
+    "trainer_state.json",
+    "optimizer.pt",
+    "progress.pt",
+    "zero",
+)
 NAME = re.compile(r"checkpoint-\d+")
 PARTIAL = ".partial-"
 
@@ -44,21 +50,26 @@ class RunState:
     scheduler: Any
     state: Any
     meter: Meter
+    engine: Any = None
+    """DeepSpeed's, which shares the optimiser's state out and keeps it in files of its own."""
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, *, begun: bool = False) -> Iterator[Path]:
     """A hidden folder to write into, which becomes `folder` when the body ends, or goes when it fails.
+
+    `begun`: it is there already, with something in it.
 
     Raises:
         CheckpointError: the disk is full, or can't be written for another reason; what was there before still is.
     """
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    partial = partial_of(folder)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if not begun:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         yield partial
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             _sync(path)
         _replace(partial, folder)
     except BaseException as error:
@@ -68,6 +79,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         ):  # the last two: how torch and safetensors report a full disk
             raise CheckpointError(f"{folder} could not be written: {error}. Older checkpoints are untouched") from error
         raise
+
+
+def partial_of(folder: Path) -> Path:
+    """The hidden folder in which `folder` is written."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
 
 
 def _replace(partial: Path, folder: Path) -> None:
@@ -123,8 +139,9 @@ class Checkpoints:
             CheckpointError: it could not be written; those before it are whole.
         """
         step = int(run.state.global_step)
+        folder = self.folder / f"checkpoint-{step}"
         weights = self.writer.collect()
-        optimizer = _optimizer_state(run)
+        optimizer = None if run.engine is not None else _optimizer_state(run)
         sums = distributed.add_ranks(run.meter.sums).cpu()
         progress = {
             "scheduler": run.scheduler.state_dict(),
@@ -132,13 +149,19 @@ class Checkpoints:
             "random": distributed.gather_objects(_random_state()),
         }
 
+        if run.engine is not None:  # every process writes its share
+            distributed.on_main(lambda: (partial_of(folder) / ZERO).mkdir(parents=True))
+            run.engine.save_checkpoint(str(partial_of(folder) / ZERO), tag="step", exclude_frozen_parameters=True)
+
         def write() -> None:
-            with whole_folder(self.folder / f"checkpoint-{step}") as partial:
-                torch.save(optimizer, partial / OPTIMIZER)
+            with whole_folder(folder, begun=run.engine is not None) as partial:
+                if optimizer is not None:
+                    torch.save(optimizer, partial / OPTIMIZER)
                 torch.save(progress, partial / PROGRESS)
                 run.state.save_to_json(str(partial / STATE))
                 self.writer.write(partial, weights)
-                sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+                files = sorted(path for path in partial.rglob("*") if path.is_file())
+                sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
                 manifest = {"step": step, "num_processes": distributed.num_processes(), "files": sizes}
                 (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             for old in self.all()[: -self.keep]:
@@ -186,9 +209,13 @@ class Checkpoints:
             for name, value in read_trained(path, targets):
                 targets[name].copy_(distributed.share_of(value, targets[name]))
 
-    def load_progress(self, path: Path, run: RunState) -> None:
-        """Take up optimiser, schedule and the reports' sums."""
-        _load_optimizer(run, torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+    def load(self, path: Path, run: RunState) -> None:
+        """Take up weights, optimiser, schedule and the reports' sums."""
+        if run.engine is None:
+            self.load_weights(path, run.model)
+            _load_optimizer(run, torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True))
+        else:  # frozen weights are not in it
+            run.engine.load_checkpoint(str(path / ZERO), tag="step", load_module_strict=False)
         progress = torch.load(path / PROGRESS, map_location="cpu", weights_only=True)
         run.scheduler.load_state_dict(progress["scheduler"])
         if distributed.is_main():  # the sums of all ranks

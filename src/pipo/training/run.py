@@ -87,7 +87,7 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
     """
     watch = watch or Watch()
     check_trackers(config.run)
-    args = training_arguments(config.run, config.optimizer)
+    args = training_arguments(config.run, config.optimizer, narrow=config.model.dtype != "float32")
     if config.run.processes not in (None, args.world_size):
         raise ConfigError(
             f"run.processes: this run is meant for {config.run.processes} processes and was started on {args.world_size}, which would "

@@ -148,9 +148,11 @@ class PipoTrainer(Trainer):
 
         self.accelerator.prepare_model = prepare_unless_sharded
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         distributed.check_strategy(self.settings.run, self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            self.checkpoints.load(Path(resume_from_checkpoint), self._run_state())
         return prepared
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
@@ -158,7 +160,7 @@ class PipoTrainer(Trainer):
         value = float(distributed.whole(norm)) if isinstance(norm, Tensor) else float(norm)
         if not isfinite(value):
             raise TrainingError(
-                f"step {self.state.global_step + 1}: the gradient is not finite ({value}), and the weights were left as they were. "
+                f"step {self.state.global_step + 1}: the gradient is not finite ({value}); checkpoints are of the steps before. "
                 "Lower optimizer.lr, or look at the examples of this step"
             )
         return value
@@ -181,17 +183,15 @@ class PipoTrainer(Trainer):
 
     # --- checkpoints
 
+    def _run_state(self) -> RunState:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        return RunState(self.model, self.optimizer, self.lr_scheduler, self.state, self.meter, engine)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.checkpoints.save(RunState(self.model, self.optimizer, self.lr_scheduler, self.state, self.meter))
+        self.checkpoints.save(self._run_state())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.checkpoints.load_weights(Path(resume_from_checkpoint), self.model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.checkpoints.load_progress(
-                Path(checkpoint), RunState(self.model, self.optimizer, self.lr_scheduler, self.state, self.meter)
-            )
+        """Weights are loaded with everything else, once the model is ready to train."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
