@@ -188,12 +188,13 @@ def open_prompts(setup: Setup, data: OpdDataSettings) -> PromptDataset:
 def trainer_options(setup: Setup, prompts: PromptDataset, outside: Outside) -> Mapping[str, Any]:
     """What :class:`OpdTrainer` takes beside a :class:`PipoTrainer`'s arguments."""
     config = cast(OpdConfig, setup.config)
-    rollouts = open_rollouts(setup, config.rollout, outside.rollout_key)
+    vocab_size = int(setup.model.config.vocab_size)
+    teacher, common = open_teacher(setup, config.teacher, vocab_size, outside.teacher_key)
+    # What the teacher does not have, it can't read.
+    rollouts = open_rollouts(setup, config.rollout, range(common, vocab_size), outside.rollout_key)
     sync = None
     if isinstance(rollouts, ServedRollouts):
         sync = WeightSync(rollouts, setup.folder / "sync", config.rollout.sync_every)
-    vocab_size = int(setup.model.config.vocab_size)
-    teacher, common = open_teacher(setup, config.teacher, vocab_size, outside.teacher_key)
     distillation = Distillation(
         rollouts,
         teacher,
@@ -218,7 +219,9 @@ def _open_graders(prompts: PromptDataset, outside: Outside) -> Mapping[str, Grad
         raise ConfigError(f"{error}. Or leave rollouts unchecked: data.grade: false") from error
 
 
-def open_rollouts(setup: Setup, settings: RolloutSettings, api_key: str | None) -> RolloutSource:
+def open_rollouts(
+    setup: Setup, settings: RolloutSettings, unwanted: Sequence[int], api_key: str | None
+) -> RolloutSource:
     """The source of rollouts that the settings name."""
     stop_ids = stop_ids_of(setup)
     if settings.backend == "files":
@@ -226,9 +229,9 @@ def open_rollouts(setup: Setup, settings: RolloutSettings, api_key: str | None) 
         return RecordedRollouts(settings.path)
     if settings.backend == "server":
         assert settings.url is not None
-        return ServedRollouts(Endpoint(settings.url, api_key), settings, stop_ids)
+        return ServedRollouts(Endpoint(settings.url, api_key), settings, stop_ids, unwanted)
     narrow = torch.bfloat16 if setup.config.model.dtype == "bfloat16" else None
-    return EngineRollouts(setup.model, settings, stop_ids, autocast=narrow)
+    return EngineRollouts(setup.model, settings, stop_ids, unwanted, autocast=narrow)
 
 
 def stop_ids_of(setup: Setup) -> list[int]:

@@ -146,8 +146,10 @@ def draw_threshold(settings: RolloutSettings, rng: random.Random) -> float:
     return settings.threshold
 
 
-def sampling_of(settings: RolloutSettings, seed: int, stop_ids: Sequence[int]) -> SamplingParams:
-    """How one rollout is drawn."""
+def sampling_of(
+    settings: RolloutSettings, seed: int, stop_ids: Sequence[int], unwanted: Sequence[int] = ()
+) -> SamplingParams:
+    """How one rollout is drawn. `unwanted`: ids that are not."""
     return SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -156,6 +158,7 @@ def sampling_of(settings: RolloutSettings, seed: int, stop_ids: Sequence[int]) -
         presence_penalty=settings.presence_penalty,
         max_pairs=settings.max_slots // 2,
         stop_token_ids=stop_ids,
+        logit_bias=dict.fromkeys(unwanted, -100.0) or None,
         threshold=draw_threshold(settings, random.Random(seed)),
         seed=seed,
         record_pairs=True,
@@ -167,7 +170,7 @@ class EngineRollouts:
 
     Args:
         model: as it is trained, LoRA included; not a wrapper around it.
-        stop_ids: that end a text, beside those of the model's config.
+        stop_ids: that end a text, beside those of the model's config. unwanted: ids that are not to be drawn.
         autocast: the dtype that the forward runs in, where it is another than the weights'.
 
     An engine lives for one call. Its caches take what memory is free then, and have given it back before the call returns.
@@ -178,11 +181,12 @@ class EngineRollouts:
         model: PipoForCausalLM,
         settings: RolloutSettings,
         stop_ids: Sequence[int] = (),
+        unwanted: Sequence[int] = (),
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids, self.unwanted = tuple(stop_ids), tuple(unwanted)
         self.autocast = autocast
 
     def roll_out(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Rollout]:
@@ -191,7 +195,7 @@ class EngineRollouts:
         Raises:
             RequestError: a prompt that leaves no room in the model's context.
         """
-        params = [sampling_of(self.settings, seed, self.stop_ids) for seed in seeds]
+        params = [sampling_of(self.settings, seed, self.stop_ids, self.unwanted) for seed in seeds]
         with _decoding(self.model, self.autocast):
             engine = LLM(
                 self.model,
@@ -231,7 +235,13 @@ class ServedRollouts:
         EndpointError: the server can't be reached, or has no PIPO model.
     """
 
-    def __init__(self, endpoint: Endpoint, settings: RolloutSettings, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        settings: RolloutSettings,
+        stop_ids: Sequence[int] = (),
+        unwanted: Sequence[int] = (),
+    ) -> None:
         if settings.api != "pipo":
             raise ConfigError(
                 f"rollout.api: {settings.api} needs a plugin that makes it write pairs and return them, which is not part of "
@@ -239,7 +249,7 @@ class ServedRollouts:
             )
         self.endpoint = endpoint
         self.settings = settings
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids, self.unwanted = tuple(stop_ids), tuple(unwanted)
         served = [model["id"] for model in endpoint.get("/v1/models")["data"] if model.get("method") == "pipo"]
         if not served:
             raise EndpointError(f"{endpoint.url} serves no PIPO model, which alone writes pairs")
@@ -259,7 +269,7 @@ class ServedRollouts:
         Raises:
             EndpointError: the server refused a request, or went away.
         """
-        params = [sampling_of(self.settings, seed, self.stop_ids) for seed in seeds]
+        params = [sampling_of(self.settings, seed, self.stop_ids, self.unwanted) for seed in seeds]
         with ThreadPoolExecutor(self.settings.max_num_seqs) as pool:
             return list(pool.map(self._ask, prompts, params))
 
@@ -268,6 +278,8 @@ class ServedRollouts:
         assert params.max_pairs is not None
         body: dict[str, Any] = {name: getattr(params, name) for name in fields}
         body |= {"model": self.model, "prompt": prompt, "stop_token_ids": list(params.stop_token_ids)}
+        if params.logit_bias is not None:
+            body["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
         # Two tokens to a pair at most: so pairs are the limit, and not OpenAI's few tokens.
         body |= {"max_tokens": 2 * params.max_pairs, "return_pairs": True}
         (choice,) = self.endpoint.post("/v1/completions", body)["choices"]
