@@ -187,16 +187,16 @@ def _step(
     ledger: MemoryLedger,
 ) -> dict[str, Counter[str]]:
     phases: dict[str, Counter[str]] = {}
-    targets: list[Teacher] = []
+    targets: Teacher | None = None
     if isinstance(config, OpdConfig):
         ledger.reset_peak()
-        # The rollouts of all micro-batches are scored before the first is learnt from.
-        targets = [_targets(config, model, teacher, size, ledger) for _ in range(config.run.accumulation)]
+        # The teacher reads a micro-batch right before it is learnt from.
+        targets = _targets(config, model, teacher, size, ledger)
         phases["teacher"] = ledger.parts_at_peak
     model.train()
     if config.run.gradient_checkpointing:
         checkpoint_activations(model)
-    objective = EveryPosition(objective_of(config), targets[0] if targets else None)
+    objective = EveryPosition(objective_of(config), targets)
     ledger.reset_peak()
     ids_BT = torch.zeros(size.batch, size.slots, dtype=torch.long)
     # Rows of different lengths need a mask, which attention holds for every pair of positions.
