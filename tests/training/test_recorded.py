@@ -55,8 +55,16 @@ def test_what_was_not_recorded_is_an_error(tmp_path: Path):
     RecordingRollouts(EngineRollouts(make_student(), settings()), tmp_path, lambda: 0).roll_out(PROMPTS[:1], [3])
     recorded = RecordedRollouts(tmp_path)
     assert recorded.roll_out(PROMPTS[:1], [3])[0].prompt_ids == PROMPTS[0]
-    with pytest.raises(DataError, match="no rollout of 1 prompts"):
+    with pytest.raises(DataError, match="no rollout of 1 of the 1 prompts"):
         recorded.roll_out(PROMPTS[:1], [4])
     (tmp_path / "step-1-0.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="line 1, is no rollout"):
         RecordedRollouts(tmp_path)
+
+
+def test_another_prompt_with_a_recorded_seed_is_not_taken_for_it(tmp_path: Path):
+    RecordingRollouts(EngineRollouts(make_student(), settings()), tmp_path, lambda: 0).roll_out(PROMPTS, [3, 4, 5])
+    recorded = RecordedRollouts(tmp_path)
+    assert [r.prompt_ids for r in recorded.roll_out(PROMPTS[::-1], [5, 4, 3])] == PROMPTS[::-1]
+    with pytest.raises(DataError, match="no rollout of 2 of the 3 prompts"):
+        recorded.roll_out(PROMPTS, [4, 3, 5])

@@ -62,7 +62,9 @@ class RecordingRollouts:
 
 
 class RecordedRollouts:
-    """What :class:`RecordingRollouts` wrote, by prompt and seed. The student that is trained did not write them: off-policy.
+    """What :class:`RecordingRollouts` wrote, by seed, read from the disk when it is asked for.
+
+    The student that is trained did not write them: off-policy.
 
     Raises:
         ConfigError: the folder holds no rollouts. DataError: a file can't be read.
@@ -70,8 +72,8 @@ class RecordedRollouts:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._found = {(tuple(r.prompt_ids), seed): r for r, seed in read_rollouts(self.folder)}
-        if not self._found:
+        self._places = {seed: (path, offset) for path, offset, seed, _ in _read(self.folder)}
+        if not self._places:
             raise ConfigError(
                 f"rollout.path: {folder} holds no rollouts ({PATTERN}); a run with rollout.record: true writes them"
             )
@@ -82,36 +84,58 @@ class RecordedRollouts:
         Raises:
             DataError: there is none of this prompt with this seed.
         """
-        keys = [(tuple(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        missing = [key for key in keys if key not in self._found]
+        found = [self._look_up(seed) for seed in seeds]
+        missing = [
+            prompt
+            for prompt, rollout in zip(prompts, found, strict=True)
+            if rollout is None or rollout.prompt_ids != prompt
+        ]
         if missing:
-            prompt, seed = missing[0]
             raise DataError(
-                f"{self.folder} has no rollout of {len(missing)} prompts of this step, such as the one of {len(prompt)} tokens with seed "
-                f"{seed}: record them with the same data, run.seed, batch_size and accumulation"
+                f"{self.folder} has no rollout of {len(missing)} of the {len(prompts)} prompts of this step, such as the one that begins "
+                f"{missing[0][:8]}: record them with the same data, run.seed, batch_size and accumulation"
             )
-        return [self._found[key] for key in keys]
+        return [rollout for rollout in found if rollout is not None]
+
+    def _look_up(self, seed: int) -> Rollout | None:
+        if seed not in self._places:
+            return None
+        path, offset = self._places[seed]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return _parse(json.loads(file.readline()))
 
 
-def read_rollouts(folder: Path) -> Iterator[tuple[Rollout, int]]:
-    """The rollouts of a folder, each with its seed.
+def read_rollouts(folder: Path) -> Iterator[Rollout]:
+    """The rollouts of a folder, step by step.
 
     Raises:
         DataError: a file can't be read.
     """
+    return (rollout for *_, rollout in _read(folder))
+
+
+def _read(folder: Path) -> Iterator[tuple[Path, int, int, Rollout]]:
+    """Where each rollout of a folder is, its seed, and itself."""
     for path in sorted(folder.glob(PATTERN)):
-        with path.open(encoding="utf-8") as file:
+        offset = 0
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                    pairs = [PairRecord(*pair) for pair in row["pairs"]]
-                    yield Rollout(row["prompt_ids"], pairs, row["finish_reason"], row["threshold"]), row["seed"]
+                    yield path, offset, row["seed"], _parse(row)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f"{path}, line {number}, is no rollout: {error!r}") from error
+                offset += len(line)
+
+
+def _parse(row: dict[str, Any]) -> Rollout:
+    pairs = [PairRecord(*pair) for pair in row["pairs"]]
+    return Rollout(row["prompt_ids"], pairs, row["finish_reason"], row["threshold"])
 
 
 def texts_of(folder: Path, pad_id: int = 0) -> Iterator[list[int]]:
     """What a teacher reads of each rollout in a folder, for :func:`pipo.training.served_teacher.write_teacher_files`."""
-    for rollout, _ in read_rollouts(folder):
+    for rollout in read_rollouts(folder):
         slots: Slots = slots_of_rollout(rollout, pad_id)
         yield teacher_tokens(slots)
