@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from byte_tokenizer import byte_config, byte_tokenizer, save_tokenizer
 from families import pipo_model
 from pipo.cli.plans import show_plan
 from pipo.errors import CheckpointError, ConfigError
+from pipo.model.base import BaseForCausalLM
 from pipo.model.shapes import pipo_without_weights, shape_config
 from pipo.training.config import OpdConfig, SftConfig
 from pipo.training.lora import prepare_model
@@ -32,7 +34,7 @@ def test_what_can_t_be_known_is_unknown(capsys: pytest.CaptureFixture[str]) -> N
     """Breaks when a plan fails, or guesses, where neither data nor model can be read."""
     plan = make_plan(sft(model={"path": "owner/some-model"}))
     assert (plan.model, plan.memory, plan.steps.num_steps) == (None, None, None)
-    assert set(plan.unknown) == {"model", "num_examples"}
+    assert set(plan.unknown) == {"model", "num_examples", "num_slots"}
     show_plan(plan.config, as_json=False)
     shown = capsys.readouterr().out
     assert "set data.num_examples" in shown
@@ -50,6 +52,21 @@ def test_steps_are_counted_as_the_run_counts_them(tmp_path: Path) -> None:
     few = make_plan(sft(data={"train": str(data), "num_examples": 50}, run=run, model=model), 4).steps
     assert (few.num_examples, few.num_steps) == (50, 6)
     assert make_plan(sft(data={"num_examples": 50}, run={"max_steps": 7}, model=model)).steps.num_steps == 7
+
+
+def test_slots_are_counted_where_data_and_tokenizer_are_here(tmp_path: Path) -> None:
+    """Breaks when slots are guessed, or tokens are counted for slots."""
+    model = tmp_path / "model"
+    model.mkdir()
+    BaseForCausalLM.from_config(byte_config(vocab_size=save_tokenizer(model))).save_pretrained(model)
+    (tmp_path / "rows.jsonl").write_text(ROW * 300)
+    config = sft(model={"path": str(model), "shape": "tiny"}, data={"train": str(tmp_path / "rows.jsonl")})
+    prompt, answer = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b<|im_end|>"
+    lengths = [len(byte_tokenizer()(text)["input_ids"]) for text in (prompt, answer)]
+    slots = sum(length + length % 2 for length in lengths)
+    plan = make_plan(config)
+    assert plan.steps.num_slots == 300 * slots
+    assert "num_slots" not in plan.unknown
 
 
 def test_a_model_that_is_here_is_read(tmp_path: Path) -> None:

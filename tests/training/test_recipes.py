@@ -40,7 +40,7 @@ def test_it_plans_offline(path: Path, offline: None, monkeypatch: pytest.MonkeyP
     result = CliRunner().invoke(app, [stage, str(path), "--plan", "--json"])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
-    assert plan["unknown"] == {}
+    assert set(plan["unknown"]) == {"num_slots"}, "the data are not here"
     assert plan["steps"]["num_steps"] > 0
     assert plan["memory"]["peak_bytes"] == sum(plan["memory"]["components"].values())
     assert (plan["teacher"] is not None) == (plan["stage"] == "opd")

@@ -83,7 +83,8 @@ def _table(plan: Plan) -> Table:
         row("", f"{number:>17,}  {layer}")
     steps = plan.steps
     row("examples", None if steps.num_examples is None else f"{steps.num_examples:,}")
-    row("slots", f"{steps.max_slots:,} of an example at most")
+    row("slots", None if steps.num_slots is None else f"about {steps.num_slots:,} of an epoch")
+    row("", f"{steps.max_slots:,} of an example at most")
     row(
         "step",
         f"{steps.examples_per_step} examples on {steps.num_processes} device{'s' if steps.num_processes > 1 else ''}",

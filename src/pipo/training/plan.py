@@ -14,21 +14,27 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
-from pipo.data.records import count_rows, is_local
+from pipo.data.conversation import load_tokenizer
+from pipo.data.examples import examples_of_rows
+from pipo.data.records import count_rows, is_local, read_rows
+from pipo.data.rows import SftRow
 from pipo.errors import CheckpointError, DataError, UnsupportedModelError
-from pipo.model.adapter import is_adapter, read_adapter
+from pipo.model.adapter import is_adapter, read_adapter, tokenizer_home
 from pipo.model.checkpoint import is_pipo, load_config
 from pipo.model.convert import as_dtype, base_config
 from pipo.model.files import find_checkpoint
 from pipo.model.inspection import part_of
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.shapes import base_without_weights, pipo_without_weights, shape_config, shape_of_checkpoint
+from pipo.pairing import slots_from_turns
 from pipo.training.batches import num_steps
-from pipo.training.config import OpdConfig, TrainingConfig
+from pipo.training.config import OpdConfig, SftConfig, TrainingConfig
 from pipo.training.lora import Trainable, prepare_model
 from pipo.training.memory import Kernels, MemoryEstimate, StepSize, estimate_memory
 
 Stage = Literal["sft", "opd"]
+SAMPLED_ROWS = 256
+"""Rows by whose mean the slots of an epoch are estimated."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,17 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Counts of examples and steps; None where the number of examples is not known. `max_slots` is of one example."""
+    """Counts of examples and steps; None where the number of examples is not known.
+
+    `max_slots`: of one example, at most. `num_slots`: of an epoch, before augmentation, by the mean of the first examples; None where
+    data or tokenizer can't be read here, and for OPD, whose rollouts decide it.
+    """
 
     num_processes: int
     examples_per_step: int
     num_examples: int | None
     max_slots: int
+    num_slots: int | None
     num_steps: int | None
     num_warmup_steps: int | None
 
@@ -94,6 +105,12 @@ def make_plan(config: TrainingConfig, num_processes: int = 1) -> Plan:
     plan = Plan("opd" if opd else "sft", config, _steps(config, num_processes), _kernels(config))
     if plan.steps.num_examples is None:
         plan.unknown["num_examples"] = f"{config.data.train} can't be read here; set data.num_examples"
+    if plan.steps.num_slots is None:
+        plan.unknown["num_slots"] = (
+            "the rollouts decide it"
+            if opd
+            else f"{config.data.train} or the tokenizer of {config.model.path} can't be read here"
+        )
     student = _read_config(config.model.path, config.model.shape)
     if student is None:
         plan.unknown["model"] = (
@@ -160,7 +177,8 @@ def _steps(config: TrainingConfig, num_processes: int) -> StepPlan:
     total = run.max_steps if num_examples is None else num_steps(num_examples, run, num_processes)
     warmup = None if total is None else math.ceil(config.optimizer.warmup * total)
     per_step = run.batch_size * run.accumulation * num_processes
-    return StepPlan(num_processes, per_step, num_examples, _max_slots(config), total, warmup)
+    num_slots = None if num_examples is None or isinstance(config, OpdConfig) else _num_slots(config, num_examples)
+    return StepPlan(num_processes, per_step, num_examples, _max_slots(config), num_slots, total, warmup)
 
 
 def _max_slots(config: TrainingConfig) -> int:
@@ -169,6 +187,22 @@ def _max_slots(config: TrainingConfig) -> int:
         return config.data.max_slots
     longest = config.rollout.max_slots + config.data.max_prompt_tokens
     return longest + longest % 2
+
+
+def _num_slots(config: SftConfig, num_examples: int) -> int | None:
+    data = config.data
+    if not is_local(data.train):
+        return None
+    try:
+        tokenizer = load_tokenizer(tokenizer_home(find_checkpoint(config.model.path, local_files_only=True)))
+        if tokenizer is None:
+            return None
+        rows = read_rows(data.train, SftRow, split=data.split, subset=data.subset)
+        found = examples_of_rows(rows, tokenizer, data.thinking_prefix, data.template_options, SAMPLED_ROWS, [])
+        lengths = [min(len(slots_from_turns(example.turns, 0).ids), data.max_slots) for _, example in found]
+    except (CheckpointError, DataError):
+        return None
+    return round(sum(lengths) / len(lengths) * num_examples) if lengths else None
 
 
 def _count_examples(config: TrainingConfig) -> int | None:
