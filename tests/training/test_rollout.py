@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from byte_tokenizer import byte_tokenizer
 from pipo import PipoForCausalLM, SamplingParams, reference
 from pipo.engine.llm import LLM
 from pipo.errors import ConfigError, EndpointError
@@ -27,6 +29,7 @@ from pipo.training.rollout import (
     ratios_of_rollout,
     rollout_seed,
     slots_of_rollout,
+    stop_ids_of,
 )
 from rollout_cases import GOLDEN, PROMPTS, make_student, pair, rollout, settings
 
@@ -197,6 +200,16 @@ def test_lora_is_part_of_the_weights():
             layer.merge()
     assert found == [r.token_ids for r in roll(model, temperature=1e-3)]
     assert found != plain
+
+
+def test_a_text_ends_where_serving_would_end_it(tmp_path: Path):
+    """At the tokenizer's end of text and at those of the generation defaults: as `LLM` finds them for a folder."""
+    make_student().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 257]}')
+    found = stop_ids_of(tmp_path, byte_tokenizer())
+    assert found == [256, 257, 258]
+    assert set(found) == LLM(tmp_path, device="cpu").eos_token_ids
 
 
 # --- gates

@@ -28,7 +28,7 @@ from pipo.training.config import OpdConfig, OpdDataSettings, RolloutSettings, Te
 from pipo.training.distillation import Distillation, RolloutCounts, StudentText
 from pipo.training.endpoint import Endpoint
 from pipo.training.recorded import RecordedRollouts, RecordingRollouts
-from pipo.training.rollout import EngineRollouts, RolloutSource, ServedRollouts
+from pipo.training.rollout import EngineRollouts, RolloutSource, ServedRollouts, stop_ids_of
 from pipo.training.run import Setup, Summary, Task, Watch, run_training
 from pipo.training.served_teacher import ServedTeacherModel, TeacherFiles
 from pipo.training.teacher import LocalTeacherModel, TeacherModel, common_vocabulary
@@ -155,7 +155,6 @@ def run_opd(
         CheckpointError, DataError, TrainingError
     """
     outside = outside or Outside()
-
     made: list[PromptDataset] = []
 
     def dataset(setup: Setup) -> PromptDataset:
@@ -223,22 +222,15 @@ def open_rollouts(
     setup: Setup, settings: RolloutSettings, unwanted: Sequence[int], api_key: str | None
 ) -> RolloutSource:
     """The source of rollouts that the settings name."""
-    stop_ids = stop_ids_of(setup)
     if settings.backend == "files":
         assert settings.path is not None
         return RecordedRollouts(settings.path)
+    stop_ids = stop_ids_of(setup.base, setup.tokenizer)
     if settings.backend == "server":
         assert settings.url is not None
         return ServedRollouts(Endpoint(settings.url, api_key), settings, stop_ids, unwanted)
     narrow = torch.bfloat16 if setup.config.model.dtype == "bfloat16" else None
     return EngineRollouts(setup.model, settings, stop_ids, unwanted, autocast=narrow)
-
-
-def stop_ids_of(setup: Setup) -> list[int]:
-    """Ids that end a text when the model is served: the tokenizer's, and those of its generation defaults."""
-    defaults = setup.model.generation_config
-    found = [setup.tokenizer.eos_token_id, None if defaults is None else defaults.eos_token_id]
-    return sorted({int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
 
 
 def open_teacher(

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import torch
 
 from pipo.engine.llm import LLM
+from pipo.engine.loading import generation_defaults
 from pipo.engine.request import PairRecord as PairRecord
 from pipo.engine.request import RequestOutput, SamplingParams
 from pipo.errors import ConfigError, EndpointError
+from pipo.model.adapter import tokenizer_home
 from pipo.model.modeling import PipoForCausalLM
 from pipo.pairing import IGNORE_INDEX, Slots, pair_slots_from_tokens
 from pipo.training.config import RolloutSettings
@@ -144,6 +146,12 @@ def draw_threshold(settings: RolloutSettings, rng: random.Random) -> float:
     if isinstance(settings.threshold, tuple):
         return rng.uniform(*settings.threshold)
     return settings.threshold
+
+
+def stop_ids_of(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end a text where a checkpoint is served: the tokenizer's, and those of its generation defaults."""
+    found = [tokenizer.eos_token_id, generation_defaults(tokenizer_home(folder)).get("eos_token_id")]
+    return sorted({int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])})
 
 
 def sampling_of(
