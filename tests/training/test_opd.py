@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from pipo.errors import ConfigError, DataError
 from pipo.pairing import IGNORE_INDEX as IGN
 from pipo.pairing import teacher_tokens
 from pipo.training.distillation import Distillation, StudentText
-from pipo.training.opd import OpdTrainer, Outside, run_opd
+from pipo.training.opd import OpdTrainer, Outside, WeightSync, run_opd
 from pipo.training.recorded import texts_of
 from pipo.training.run import Watch
 from pipo.training.served_teacher import LocalScorer, write_teacher_files
@@ -182,6 +183,31 @@ def test_rollouts_of_a_server_give_the_losses_of_those_of_the_engine(method: str
         run_opd(make_config(world, tmp_path / "served", rollout={"backend": "server", "url": url}, **tuning))
     assert losses_of(tmp_path / "served") == pytest.approx(losses_of(tmp_path / "engine"), rel=2e-3)
     assert list((tmp_path / "served" / "sync").iterdir()) == []
+
+
+def test_weights_are_sent_at_first_and_then_as_often_as_asked_and_leave_nothing_behind(tmp_path: Path):
+    """Also what a killed run left on its way is removed: whole models would pile up."""
+    sent: list[tuple[str, list[str]]] = []
+
+    class Server:
+        def update_weights(self, folder: Path) -> None:
+            sent.append((folder.name, [path.name for path in folder.iterdir()]))
+
+    class Writer:
+        model = SimpleNamespace(dtype=torch.float32)
+
+        def collect(self) -> dict[str, Any]:
+            return {}
+
+        def write(self, folder: Path, weights: Any, dtype: Any) -> None:
+            (folder / "weights").write_text("")
+
+    (tmp_path / "sync" / ".partial-step-9").mkdir(parents=True)
+    sync = WeightSync(Server(), tmp_path / "sync", every=2)
+    for step in (3, 4, 5, 6):
+        sync.bring_up_to_date(step, Writer())
+    assert sent == [(f"step-{step}", ["weights"]) for step in (3, 4, 6)]
+    assert list((tmp_path / "sync").iterdir()) == []
 
 
 def test_a_served_teacher_gives_the_losses_of_the_local_one(undisturbed: Path, world: Path, tmp_path: Path):

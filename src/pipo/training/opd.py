@@ -61,6 +61,8 @@ class WeightSync:
         weights = writer.collect()
 
         def send() -> None:
+            if not self._sent:  # what a killed run was about to send
+                shutil.rmtree(self.folder, ignore_errors=True)
             place = self.folder / f"step-{step}"
             with whole_folder(place) as partial:
                 writer.write(partial, weights, dtype=writer.model.dtype)
