@@ -48,7 +48,10 @@ def test_full_tuning_trains_all_but_embedding_and_head(family):
     model, ids = pipo_model(family).to(torch.bfloat16), slots()
     trainable = prepare_model(model, TuningSettings(method="full"), "sft")
     model.train()
-    loss_of(model, ids).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, labels=ids)
+    assert output.backbone_hidden.dtype == output.mtp_hidden.dtype == torch.bfloat16, "the head is bfloat16"
+    output.loss.backward()
     frozen = {name for name, p in model.named_parameters() if p.grad is None}
     assert frozen == {name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name}
     assert all(p.dtype == (torch.bfloat16 if n in frozen else torch.float32) for n, p in model.named_parameters())

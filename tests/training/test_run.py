@@ -41,6 +41,17 @@ def test_final_weights_are_those_that_were_trained(models, tmp_path, method, sta
     assert (Path(summary["final"]) / "tokenizer.json").is_file()
 
 
+def test_peft_reads_the_adapter_too(models, tmp_path):
+    """Others' tools load it without us: LoRA under peft's names, whole modules by full path and no others."""
+    from peft import PeftModel
+
+    summary = train(settings(models[0], tmp_path / "run"))
+    theirs = PeftModel.from_pretrained(PipoForCausalLM.from_base(models[0]), summary["final"])
+    ours = PipoForCausalLM.from_pretrained(summary["final"])
+    for name in ("logits", "mtp_logits", "confidence_logits"):
+        torch.testing.assert_close(outputs(theirs)[name], outputs(ours)[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_is_the_undisturbed_run(models, tmp_path, method):
     """Bit for bit: weights, and every row of metrics, dropout and augmentation included; the rows of a later step are forgotten."""

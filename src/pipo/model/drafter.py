@@ -34,7 +34,9 @@ class Drafter:
         cache: Cache | None = None,
     ) -> tuple[Tensor, LayerCall]:
         """`h [B, L, H]` after the final norm (eq. 2), and how the template layer was called, for :meth:`run_mtp`."""
-        return self.backbone.run(inputs_BLH, position_ids_BL, attention_mask, cache)
+        hidden_BLH, call = self.backbone.run(inputs_BLH, position_ids_BL, attention_mask, cache)
+        # A final norm that is trained in float32 under autocast gives float32, with which the head would multiply slowly.
+        return hidden_BLH.to(inputs_BLH.dtype), call
 
     def run_mtp(self, following_BL: Tensor, hidden_BLH: Tensor, call: LayerCall, cache: Cache | None = None) -> Tensor:
         """`d [B, L, H]` from the token that follows each position and the backbone's `h` (eq. 3).
