@@ -13,8 +13,6 @@ from pipo.errors import ConfigError
 from pipo.training import distributed
 from pipo.training.config import OptimizerSettings, RunSettings
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
 
 def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow: bool = False) -> TrainingArguments:
     """transformers' form of our settings, without the number of steps. Starts the process group where there are several processes."""
@@ -31,7 +29,6 @@ def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow
         adam_epsilon=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
-        lr_scheduler_type=SCHEDULES[optimizer.schedule],
         optim="adamw_torch_fused",
         save_strategy="steps",
         save_steps=run.save_every,

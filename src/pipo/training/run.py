@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,6 @@ def _train(
     """Run the steps that are left; the last report."""
     steps: int = about["num_steps"]
     setup.args.max_steps = steps
-    setup.args.warmup_steps = ceil(setup.config.optimizer.warmup * steps)
     start = checkpoints.latest()
     first_step = 0 if start is None else step_of(start)
     last: Row = {}

@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,14 @@ def write_run_record(path: Path, content: dict[str, Any]) -> None:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **{name: version(name) for name in ("accelerate", "peft", "deepspeed") if find_spec(name) is not None},
         },
-        "hardware": {"processor": processor_name(), "num_cpus": os.cpu_count(), "num_threads": torch.get_num_threads()},
+        "hardware": {
+            "processor": processor_name(),
+            "num_cpus": os.cpu_count(),
+            "num_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
         **content,
     }
     partial = path.with_suffix(".partial")

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pipo.errors import TrainingError
@@ -25,6 +26,7 @@ from pipo.training.batches import EpochLoader, make_loader
 from pipo.training.checkpoints import Checkpoints, RunState
 from pipo.training.config import TrainingConfig
 from pipo.training.metrics import Meter
+from pipo.training.schedule import rate
 
 Row = dict[str, float]
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
@@ -135,6 +137,14 @@ class PipoTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay is for matrices; norms and biases have none."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """See :mod:`pipo.training.schedule`."""
+        settings = self.settings.optimizer
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: rate(min(step, num_training_steps), num_training_steps, settings)
+        )
+        return self.lr_scheduler
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in the base class; but a model that is sharded here is not wrapped once more."""
