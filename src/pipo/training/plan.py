@@ -6,7 +6,6 @@ bundled table of shapes. What can't be known without the network is None, and it
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,6 +30,7 @@ from pipo.training.batches import num_steps
 from pipo.training.config import OpdConfig, SftConfig, TrainingConfig
 from pipo.training.lora import Trainable, prepare_model
 from pipo.training.memory import Kernels, MemoryEstimate, StepSize, estimate_memory
+from pipo.training.schedule import num_warmup_steps
 
 Stage = Literal["sft", "opd"]
 SAMPLED_ROWS = 256
@@ -175,7 +175,7 @@ def _steps(config: TrainingConfig, num_processes: int) -> StepPlan:
     run = config.run
     num_examples = _count_examples(config)
     total = run.max_steps if num_examples is None else num_steps(num_examples, run, num_processes)
-    warmup = None if total is None else math.ceil(config.optimizer.warmup * total)
+    warmup = None if total is None else num_warmup_steps(config.optimizer, total)
     per_step = run.batch_size * run.accumulation * num_processes
     num_slots = None if num_examples is None or isinstance(config, OpdConfig) else _num_slots(config, num_examples)
     return StepPlan(num_processes, per_step, num_examples, _max_slots(config), num_slots, total, warmup)

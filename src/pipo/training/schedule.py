@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import ceil, cos, pi
 
 from pipo.training.config import OptimizerSettings
 
 
 def num_warmup_steps(optimizer: OptimizerSettings, num_steps: int) -> int:
     """Steps of the warm-up: its share of the run, rounded up, and never the whole of it."""
-    return min(-int(-optimizer.warmup * num_steps // 1), num_steps - 1)
+    return min(ceil(optimizer.warmup * num_steps), num_steps - 1)
 
 
 def rate(step: int, num_steps: int, optimizer: OptimizerSettings) -> float:
