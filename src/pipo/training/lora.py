@@ -59,9 +59,10 @@ class Trainable:
         share = self.num_trained / self.num_parameters
         parts = [f"{self.num_trained:,} of {self.num_parameters:,} parameters are trained ({share:.2%})"]
         if self.method == "lora":
-            parts.append(
-                f"LoRA of rank {self.rank} on {len(self.lora_modules)} layers, {', '.join(self.whole_modules)} whole"
-            )
+            norms = [name for name in self.whole_modules if name.startswith(DECODER_LAYERS)]
+            whole = [name for name in self.whole_modules if name not in norms]
+            whole += [f"{len(norms)} norms of the MTP layer"] if norms else []
+            parts.append(f"LoRA of rank {self.rank} on {len(self.lora_modules)} layers; whole: {', '.join(whole)}")
         if self.not_adapted:
             parts.append(f"experts are not adapted ({len(self.not_adapted)} fused tensors)")
         return "; ".join(parts)
