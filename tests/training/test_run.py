@@ -91,8 +91,11 @@ def test_reports_of_several_steps_survive_a_resume(models, tmp_path):
         if found["step"] == 3:
             raise Killed
 
-    run = {"log_every": 3, "save_every": 2}
+    run = {"log_every": 3, "save_every": 2, "max_steps": 5}
     train(settings(models[0], tmp_path / "whole", run=run))
+    assert [row["step"] for row in metrics(tmp_path / "whole")] == [3, 5], (
+        "the last report is of the steps that are left"
+    )
     with pytest.raises(Killed):
         train(settings(models[0], tmp_path / "cut", run=run), watch=Watch(row=row))
     train(settings(models[0], tmp_path / "cut", run=run), resume=True)
@@ -122,6 +125,13 @@ def test_gradient_checkpointing_changes_nothing(models, tmp_path):
     for on in (True, False):
         train(settings(models[0], tmp_path / str(on), run={"gradient_checkpointing": on, "max_steps": 2}))
     assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
+
+
+def test_data_read_by_another_process_is_the_same(models, tmp_path):
+    """Two epochs: a worker that missed the second would augment as in the first."""
+    for workers in (0, 1):
+        train(settings(models[0], tmp_path / str(workers), data={"num_workers": workers}))
+    assert metrics(tmp_path / "1") == metrics(tmp_path / "0")
 
 
 def test_bfloat16_run_learns_with_float32_masters(models, tmp_path):

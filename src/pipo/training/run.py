@@ -26,7 +26,7 @@ from pipo.training.batches import num_steps
 from pipo.training.checkpoints import Checkpoints, step_of, whole_folder
 from pipo.training.config import ModelSettings, TrainingConfig
 from pipo.training.lora import Kind, Trainable, prepare_model
-from pipo.training.run_folder import RunFolder
+from pipo.training.run_folder import RunFolder, plain_row
 from pipo.training.trainer import PipoTrainer, Row
 from pipo.training.weights import WeightWriter
 
@@ -115,7 +115,7 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
             "method": config.tuning.method,
             **about,
             "seconds": time.perf_counter() - began,
-            "metrics": last,
+            "metrics": plain_row(last),
         }
         folder.record(status="finished", **about, summary=summary)
         return summary
@@ -169,6 +169,8 @@ def _train(
         callbacks=tensorboard(setup.config.run, folder.path),
         **task.options(setup),
     )
+    # Each process drops other units out; a resumed one takes up its own state.
+    set_seed(setup.config.run.seed + setup.args.process_index)
     if distributed.is_main():
         last.update(folder.truncate_metrics(first_step))
         folder.record(status="running", **about)

@@ -119,10 +119,14 @@ class RunFolder:
         return last
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
-        """Append a row. What has no value (NaN) is null."""
-        plain = {key: value if isfinite(value) else None for key, value in row.items()}
+        """Append a row."""
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+            file.write(json.dumps(plain_row(row)) + "\n")
+
+
+def plain_row(row: Mapping[str, float]) -> dict[str, float | None]:
+    """A row as JSON knows it: what has no value (NaN) is null."""
+    return {key: value if value is not None and isfinite(value) else None for key, value in row.items()}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,15 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
 END_OF_TRAINING = "train_runtime"
 
 
+class LastReport(TrainerCallback):
+    """The last steps are reported, too, where they are fewer than `run.log_every`."""
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        """Called by the loop."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class PipoTrainer(Trainer):
     """Trains a prepared model (`pipo.training.lora`) on micro-batches of slots.
 
@@ -55,7 +64,9 @@ class PipoTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         """`collate` makes a micro-batch of examples. `on_row` gets each reported step, in the main process only."""
-        super().__init__(model, args, data_collator=collate, train_dataset=train_dataset, callbacks=list(callbacks))
+        super().__init__(
+            model, args, data_collator=collate, train_dataset=train_dataset, callbacks=[LastReport(), *callbacks]
+        )
         # Losses come divided by the positions of the whole step.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
