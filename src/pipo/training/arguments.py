@@ -13,6 +13,9 @@ from pipo.errors import ConfigError
 from pipo.training import distributed
 from pipo.training.config import OptimizerSettings, RunSettings
 
+PATIENCE_S = 4 * 3600
+"""How long a process waits for another: for one that downloads or writes a model, or whose rollouts are the longest."""
+
 
 def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow: bool = False) -> TrainingArguments:
     """transformers' form of our settings, without the number of steps. Starts the process group where there are several processes."""
@@ -43,6 +46,7 @@ def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow
         use_cpu=on_cpu,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_timeout=PATIENCE_S,
         deepspeed=zero2_config(narrow) if run.strategy == "zero2" else None,
     )
     _ = arguments.device  # sets the processes up

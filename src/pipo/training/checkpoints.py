@@ -74,9 +74,8 @@ def whole_folder(folder: Path, *, begun: bool = False) -> Iterator[Path]:
         _replace(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(
-            error, OSError | RuntimeError | SafetensorError
-        ):  # the last two: how torch and safetensors report a full disk
+        # The last two are how torch and safetensors report a full disk.
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
             raise CheckpointError(f"{folder} could not be written: {error}. Older checkpoints are untouched") from error
         raise
 
