@@ -69,7 +69,7 @@ def _live() -> Iterator[Watch]:
     from pipo.training.run import Watch
 
     screen = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("", visible=False)
         total = 0
@@ -83,10 +83,10 @@ def _live() -> Iterator[Watch]:
             bar.update(task, total=num_steps, completed=first_step, visible=True)
 
         def row(found: Row) -> None:
-            text = _describe(found)
-            bar.update(task, completed=int(found["step"]), description=text)
+            loss, speed = f"loss {found['loss']:.3f}", f"{found['slots_per_s']:,.0f} slots/s"
+            bar.update(task, completed=int(found["step"]), description=f"{loss}  {speed}")
             if not screen.is_terminal:
-                screen.print(f"step {int(found['step'])}/{total}  {text}")
+                screen.print(f"step {int(found['step'])}/{total}  {_describe(found)}")
 
         yield Watch(started, row, note=screen.print)
 
