@@ -148,6 +148,45 @@ def test_a_problem_asked_in_two_languages_is_in_one_part(tmp_path):
     assert {row.source_index for row in sft} | {row.source_index for row in opd} == set(range(10))
 
 
+def test_what_belongs_together_by_way_of_another_question_is_in_one_part(tmp_path):
+    rows = [rollout(index) for index in range(10)]
+    rows[8] = rollout(8, prompt="same?", metadata={"problem_id": "p"})  # a problem that is asked twice
+    rows[1] = rollout(1, prompt="same?")  # as one of these, in words
+    rows[9] = rollout(9, metadata={"problem_id": "p"})
+    for seed in (None, *range(8)):
+        sft, _ = select(tmp_path, rows, sft_share=0.5, split_seed=seed, repeated=True)
+        opd, _ = select(tmp_path, rows, "opd", sft_share=0.5, split_seed=seed, repeated=True)
+        parts = [{row.source_index for row in part} & {1, 8, 9} for part in (sft, opd)]
+        assert sorted(map(len, parts)) == [0, 3]
+
+
+def test_the_split_does_not_hang_on_the_order_of_files(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, [rollout(index, dataset="a", prompt=f"{index}?") for index in range(10)])
+    write_rows(second, [rollout(9 - index, dataset="b", prompt=f"{index}?") for index in range(10)])
+    sft, _ = select_files([first, second], sft_share=0.5)
+    opd, _ = select_files([second, first], "opd", sft_share=0.5)
+    assert {row.messages[0]["content"] for row in sft} & {row.messages[0]["content"] for row in opd} == set()
+
+
+def test_two_teachers_answers_to_one_question_are_not_repeated(tmp_path):
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    write_rows(paths[0], [rollout(0, ("a", "b")), rollout(1)])
+    write_rows(paths[1], [rollout(0, ("b", "c")), rollout(1, ("d", "e"), prompt="sums 0?")])
+    kept, report = select_files(paths)
+    assert answers(kept) == ["a", "b", "a", "b", "c"]
+    assert report.dropped == {"repeated completion": 1, "repeated question": 2}
+    assert [row.source_index for row in select_files(paths, "opd")[0]] == [0, 1]
+
+
+def test_a_choice_of_a_datasets_questions_is_split_by_their_number(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_rows(path, [rollout(index) for index in range(900, 910)])
+    meta_path(path).write_text(json.dumps({"num_questions": 10}))
+    assert len(select_files([path], sft_share=0.9)[0]) == 18
+    assert [row.source_index for row in select_files([path], "opd", sft_share=0.9)[0]] == [909]
+
+
 samples = st.lists(
     st.tuples(
         st.sampled_from(["", "a", "b", "cc"]), st.sampled_from([0.0, 1.0, None]), st.booleans(), st.integers(0, 9)

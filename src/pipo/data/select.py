@@ -35,7 +35,7 @@ class SelectSettings:
     keep: Keep = "all"
     """SFT: `all` samples that may stay, in order, or the `shortest`."""
     max_per_question: int | None = None
-    """SFT: samples of a question at most; by default one where only the shortest are kept, else no limit."""
+    """SFT: samples of a question at most, of each row that has it; by default one where only the shortest are kept, else no limit."""
     min_tokens: int | None = None
     max_tokens: int | None = None
     """SFT: tokens of a completion."""
@@ -173,14 +173,15 @@ def _rows_of_part(
     """The rows whose questions are of the report's part and may stay."""
     settings.validate()
     part_of = _split(sources, settings)
-    prompts: set[str] = set()
+    places: dict[str, tuple[str, int]] = {}  # of each prompt: the question that it was first
     for source in sources:
         rows = read_rows(source, RolloutRow)
         for _, row in rows:
             report.num_rows += 1
             count = row.num_samples if report.part == "sft" else 1
             report.num_candidates += count
-            part = part_of.get(_group(row))
+            prompt = _digest(row.src_item.chat)
+            part = part_of.get(prompt)
             reason = (
                 None
                 if part == report.part
@@ -188,10 +189,8 @@ def _rows_of_part(
                 if part is None
                 else f"question is for {part.upper()}"
             )
-            prompt = _digest(row.src_item.chat)
-            if reason is None and not settings.repeated and prompt in prompts:
+            if reason is None and not settings.repeated and _is_repeated(row, prompt, places, report.part):
                 reason = "repeated question"
-            prompts.add(prompt)
             reason = reason or _accuracy_fault(row, settings)
             if reason is not None:
                 report.drop(reason, count)
@@ -202,31 +201,67 @@ def _rows_of_part(
             rows.check()
 
 
+def _is_repeated(row: RolloutRow, prompt: str, places: dict[str, tuple[str, int]], part: Part) -> bool:
+    """Whether the prompt came before: for SFT as another question, because another teacher's answers to the same one are new."""
+    place = (row.src_item.dataset, row.src_item.micro_index)
+    is_new = prompt not in places
+    first = places.setdefault(prompt, place)
+    return not is_new and (part == "opd" or place != first)
+
+
 def _split(sources: Sequence[str | Path], settings: SelectSettings) -> dict[str, Part]:
-    """The part of each group of questions that belong together.
+    """The part of each question, by the digest of its prompt.
 
     By order, a dataset's boundary is where its settings file says that the questions end, so that a file that is not complete yet
-    is split as the complete one will be; without such a file, or where one file mixes datasets, its questions are counted.
+    is split as the complete one will be. Without such a file, where one file mixes datasets, or where it has a choice of a dataset's
+    questions, these are counted. Questions that belong together are for SFT where any of them is.
     """
-    first: dict[str, dict[str, int]] = {}  # of each dataset: its groups, with their lowest index
+    same = _Groups()
+    lowest: dict[str, dict[str, int]] = {}  # of each dataset: its prompts, with their lowest index
     totals: dict[str, int] = {}
     for source in sources:
         found: dict[str, int] = {}  # of each dataset in this file: the highest index
         for _, row in read_rows(source, RolloutRow):
             item = row.src_item
-            groups = first.setdefault(item.dataset, {})
-            group = _group(row)
-            groups[group] = min(item.micro_index, groups.get(group, item.micro_index))
+            prompt = _digest(item.chat)
+            same.join(prompt, _problem(row))
+            prompts = lowest.setdefault(item.dataset, {})
+            prompts[prompt] = min(item.micro_index, prompts.get(prompt, item.micro_index))
             found[item.dataset] = max(item.micro_index, found.get(item.dataset, 0))
         planned = (read_meta(source) or {}).get("num_questions")
-        if planned is not None and len(found) == 1:
+        if isinstance(planned, int) and len(found) == 1:
             (dataset,) = found
-            totals[dataset] = max(int(planned), found[dataset] + 1, totals.get(dataset, 0))
-    parts: dict[str, Part] = {}
-    for dataset, groups in first.items():
-        for group, early in _early(groups, totals.get(dataset), settings).items():
-            parts.setdefault(group, "sft" if early else "opd")
-    return parts
+            if found[dataset] < planned:
+                totals[dataset] = max(planned, totals.get(dataset, 0))
+    early: set[str] = set()
+    for dataset, prompts in lowest.items():
+        groups: dict[str, int] = {}
+        for prompt, index in prompts.items():
+            group = same.find(prompt)
+            groups[group] = min(index, groups.get(group, index))
+        early |= {group for group, first in _early(groups, totals.get(dataset), settings).items() if first}
+    return {prompt: "sft" if same.find(prompt) in early else "opd" for prompts in lowest.values() for prompt in prompts}
+
+
+class _Groups:
+    """What belongs together, directly or by way of others. A group is named by its least member, in whatever order it grew."""
+
+    def __init__(self) -> None:
+        self._parents: dict[str, str] = {}
+
+    def find(self, member: str) -> str:
+        """The name of a member's group."""
+        path = []
+        while (parent := self._parents.get(member, member)) != member:
+            path.append(member)
+            member = parent
+        self._parents.update(dict.fromkeys(path, member))
+        return member
+
+    def join(self, *members: str | None) -> None:
+        """Put members into one group."""
+        names = sorted({self.find(member) for member in members if member is not None})
+        self._parents.update(dict.fromkeys(names, names[0]))
 
 
 def _early(groups: dict[str, int], total: int | None, settings: SelectSettings) -> dict[str, bool]:
@@ -239,10 +274,10 @@ def _early(groups: dict[str, int], total: int | None, settings: SelectSettings) 
     return {group: rank < round(settings.sft_share * len(order)) for rank, group in enumerate(order)}
 
 
-def _group(row: RolloutRow) -> str:
-    """What must stay in one part: a problem asked in two ways (two languages), or the same prompt."""
+def _problem(row: RolloutRow) -> str | None:
+    """What a problem is called however it is asked, in one language or another. Sorts before all digests of prompts."""
     problem = row.src_item.metadata.get("problem_id")
-    return _digest([row.src_item.dataset, problem] if problem is not None else row.src_item.chat)
+    return None if problem is None else f"!{_digest([row.src_item.dataset, problem])}"
 
 
 def _fraction(seed: int, group: str) -> float:
