@@ -1,5 +1,6 @@
 """Files of rows: what is wrong is named by line, what is unknown is kept, and a kill leaves whole lines."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ from pipo.data.records import (
     read_rows,
     write_rows,
 )
+from pipo.data.writing import sort_lines
 from pipo.errors import DataError
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -213,6 +215,15 @@ def test_a_broken_file_is_an_error_not_an_empty_one(tmp_path, name):
         list(read_rows(tmp_path / name, SftRow))
 
 
+def test_a_damaged_gzip_file_is_an_error(tmp_path):
+    path = tmp_path / "f.jsonl.gz"
+    packed = bytearray(gzip.compress(b"".join(b'{"a": %d}\n' % (n * n) for n in range(2000))))
+    for position in range(10, len(packed) - 8, 97):
+        path.write_bytes(packed[:position] + b"\xff" * 4 + packed[position + 4 :])
+        with pytest.raises(DataError, match="can't be read"):
+            list(read_rows(path, SftRow))
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "f.jsonl"
     assert write_rows(path, [SftRow.model_validate(SFT)] * 2) == 2
@@ -285,3 +296,47 @@ def test_one_process_writes_a_file_at_a_time(tmp_path):
     done.set()
     other.join()
     LineWriter(path).close()
+
+
+@pytest.mark.parametrize("write", [lambda path: write_rows(path, []), LineWriter])
+def test_rows_go_to_files_that_can_be_read_again(tmp_path, write):
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, told in (("folder.jsonl", "is no file"), ("/dev/null", "is no file"), ("rows.parquet", "ends in .jsonl")):
+        with pytest.raises(DataError, match=told):
+            write(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.jsonl"]
+
+
+def test_a_file_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    link, place = tmp_path / "link.jsonl", tmp_path / "disk" / "rows.jsonl"
+    link.symlink_to(place)
+    write_rows(link, [SftRow.model_validate(SFT)])
+    assert link.is_symlink()
+    assert place.read_bytes() == link.read_bytes() != b""
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    def rows():
+        yield SftRow.model_validate(SFT)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*f\.jsonl"):
+        write_rows(tmp_path / "f.jsonl", rows())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_are_put_in_order(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"3 a\n1 b\n\n3 c\n2 d\n")
+    sort_lines(path, lambda line: int(line[:1]))
+    assert path.read_bytes() == b"1 b\n2 d\n3 a\n3 c\n"
+    before = path.stat().st_ino
+    sort_lines(path, lambda line: int(line[:1]))
+    assert path.stat().st_ino == before
+
+
+def test_a_json_list_is_named_as_one(tmp_path):
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps([SFT], indent=2))
+    with pytest.raises(DataError, match="is one JSON list"):
+        read_rows(path, SftRow).rows()

@@ -20,6 +20,7 @@ from pipo.data.grade import Grade, Grader
 from pipo.data.records import LineWriter, read_rows, write_rows
 from pipo.data.rows import Message, Question, RolloutRow, SourceItem
 from pipo.data.sources import KEPT_TESTS_BYTES, trim_tests
+from pipo.data.writing import sort_lines
 from pipo.errors import ConfigError, DataError
 
 META_SUFFIX = ".meta.json"
@@ -150,7 +151,7 @@ async def collect(
     about: Mapping[str, Any],
     on_row: Callable[[], None] = lambda: None,
 ) -> None:
-    """Answer every question that the file does not hold yet.
+    """Answer every question that the file does not hold yet; then put its rows in order.
 
     Args:
         questions: in order; the position of each is its `question_idx`.
@@ -197,6 +198,8 @@ async def collect(
                     continue
                 await waiting.acquire()
                 tasks.start(answer(index, question))
+        # Answers come in any order; the whole file does not: the same command gives the same file.
+        sort_lines(path, lambda line: int(json.loads(line)["question_idx"]))
 
 
 class _Tasks:

@@ -1,16 +1,14 @@
 """Files of rows: JSON lines (also `.gz`), parquet, folders of either, datasets on the hub. No torch.
 
-Reading names each row that is wrong, and never drops one unheard. Writing survives being killed: a file is replaced whole, or
-grows by whole lines.
+Reading names each row that is wrong, and never drops one unheard. `pipo.data.writing` writes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from pydantic import ValidationError
 
 from pipo.data.rows import Message, OpdRow, Question, RolloutRow, Row, SftRow, SourceItem, explain
+from pipo.data.writing import LineWriter, write_rows
 from pipo.errors import DataError
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=Row)
-PARTIAL = ".partial"
 JSON_LINES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 PARQUET = (".parquet",)
 NAMED_ROWS = 5
@@ -167,10 +165,14 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1 and path.suffix == ".json" and line.lstrip().startswith(b"["):
+                    raise DataError(
+                        f"{path} is one JSON list; rows are one JSON object a line. jq -c '.[]' makes lines of a list"
+                    )
                 if not line.strip():
                     continue
                 yield number, _parse(number, line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from error
 
 
@@ -243,97 +245,3 @@ def count_rows(source: str | Path, *, split: str = "train", subset: str | None =
     if not is_local(source) or path.is_dir():
         return len(load_dataset(str(path) if path.is_dir() else str(source), split, subset))
     return sum(1 for _ in read_values(source, split=split, subset=subset))
-
-
-def write_rows(path: str | Path, rows: Iterable[Row], check: Callable[[], None] = lambda: None) -> int:
-    """Write a file of JSON lines whole or not at all; how many rows it has.
-
-    Args:
-        check: called when all rows are written and before the file takes its place; when it raises, nothing has changed.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    count = 0
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
-            for row in rows:
-                stream.write(row.to_line() + "\n")
-                count += 1
-            stream.flush()
-            os.fsync(stream.fileno())
-        check()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-class LineWriter:
-    """A file that grows by whole lines, of one process at a time. Use as a context manager.
-
-    A last line that a kill left half-written is cut off when the file is opened again; `num_cut_bytes` says how much.
-
-    Raises:
-        DataError: another process has the file open.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise DataError(f"another process is writing {path}; wait for it, or choose another file") from error
-        self.num_cut_bytes = self._mend()
-
-    def _mend(self) -> int:
-        """Make the file end in a whole line: end one that lacks only its end, cut off one that is torn."""
-        size = self._file.seek(0, os.SEEK_END)
-        start = size
-        tail = b""
-        while start and b"\n" not in tail:
-            start = max(0, start - 2**16)
-            self._file.seek(start)
-            tail = self._file.read(size - start)
-        torn = tail[tail.rfind(b"\n") + 1 :]
-        if not torn:
-            return 0
-        try:
-            json.loads(torn)
-        except ValueError:
-            self._file.truncate(size - len(torn))
-            return len(torn)
-        self._file.write(b"\n")
-        return 0
-
-    def append(self, row: Row) -> None:
-        """Add a row, on the disk when this returns.
-
-        Raises:
-            OSError: it can't be written, and the file is as before.
-        """
-        line = memoryview(row.to_line().encode() + b"\n")
-        size = self._file.seek(0, os.SEEK_END)
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(size)
-            raise
-
-    def close(self) -> None:
-        """Let other processes write."""
-        self._file.close()
-
-    def __enter__(self) -> LineWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
