@@ -96,40 +96,87 @@ def test_a_server_is_asked_with_the_options_and_the_key(run, tmp_path, questions
     assert json.loads(meta)["sampling"] == {"temperature": 0.7, "top_k": 20, "max_tokens": 50}
 
 
-def test_rows_that_are_no_question_end_with_an_error_after_the_others(run, tmp_path):
-    source = tmp_path / "q.jsonl"
-    source.write_text('{"prompt": "2 + 2?"}\n{"nothing": 1}\n{"prompt": "3 + 3?"}\n')
+def test_rows_that_are_no_question_end_it_before_the_teacher_is_asked(run, tmp_path):
+    source, out = tmp_path / "q.jsonl", tmp_path / "r.jsonl"
+    tests = {"tests": [{"input": 1, "output": "1"}]}
+    lines = ['{"prompt": "2 + 2?"}', '{"nothing": 1}', json.dumps({"prompt": "?", "grader": "code", "metadata": tests})]
+    source.write_text("\n".join(lines))
     with StubServer(lambda *_: reply()) as server:
-        command = ("data", "rollout", source, "-o", tmp_path / "r.jsonl", "--endpoint", server.url, "--model", "m")
+        command = ("data", "rollout", source, "-o", out, "--endpoint", server.url, "--model", "m")
         result = run(*command)
         assert result.exit_code == 2
-        assert "1 of 3 rows are no question: line 2: messages: Field required" in result.stderr
-        assert len(rows_of(tmp_path / "r.jsonl")) == 2
+        assert "2 of 3 rows are no question: line 2: messages: Field required; line 3: metadata for" in result.stderr
+        assert "tests.0.input: Input should be a valid string" in result.stderr
+        assert server.requests == []
+        assert not out.exists()
         skipped = report_of(run(*command, "--skip-bad-rows", "--json"))
-    assert skipped["bad"] == [{"line": 2, "reason": "messages: Field required"}]
+    assert [row["line"] for row in skipped["bad"]] == [2, 3]
+    assert len(rows_of(out)) == 1
+    result = run("data", "questions", source, "-o", out, "--skip-bad-rows")
+    assert "1 questions in" in result.stdout
+    assert "2 bad rows are skipped" in result.stderr
+    assert run("data", "questions", source, "-o", out).exit_code == 2
+
+
+def test_when_every_sample_fails_the_command_fails_and_says_why(run, tmp_path):
+    source, out = tmp_path / "q.jsonl", tmp_path / "r.jsonl"
+    source.write_text('{"prompt": "2 + 2?"}\n{"prompt": "3 + 3?"}\n')
+    answers = [(400, {"error": {"message": "no such parameter"}})] * 4
+    with StubServer(lambda _, number: answers[number] if number < len(answers) else reply()) as server:
+        command = ("data", "rollout", source, "-o", out, "--endpoint", server.url, "--model", "m", "-k", 2)
+        result = run(*command, "--json")
+        assert result.exit_code == 2
+        assert "all 4 samples failed, the last because: 400" in result.stderr
+        assert "no such parameter" in result.stderr
+        assert json.loads(result.stdout)["num_failed"] == 4
+        assert report_of(run(*command, "--retry-failed", "--json"))["num_failed"] == 0
+
+
+@pytest.mark.parametrize("command", ["sft", "opd", "questions"])
+def test_what_is_read_is_never_what_is_written(run, tmp_path, questions, command):
+    before = questions.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(questions)
+    result = run("data", command, questions, "-o", link)
+    assert result.exit_code == 2
+    assert "is what is read" in result.stderr
+    assert questions.read_bytes() == before
+
+
+def test_nothing_that_may_stay_is_said(run, tmp_path):
+    (tmp_path / "r.jsonl").write_text("")
+    result = run("data", "sft", tmp_path / "r.jsonl", "-o", tmp_path / "sft.jsonl")
+    assert result.exit_code == 0
+    assert "is empty" in result.stderr
+    result = run("data", "rollout", tmp_path / "r.jsonl", "-o", tmp_path / "out.jsonl", "--model", TEACHER)
+    assert result.exit_code == 2
+    assert "holds no question" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (
-            ["rollout", "q.jsonl", "-o", "r", "--model", "m", "--template-option", "a=1"],
+            ["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--template-option", "a=1"],
             "--template-option needs --endpoint",
         ),
         (
-            ["rollout", "q.jsonl", "-o", "r", "--model", "m", "--endpoint", "http://x", "--template-option", "a"],
+            ["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "http://x", "--template-option", "a"],
             "NAME=JSON",
         ),
         (
-            ["rollout", "q.jsonl", "-o", "r", "--model", "m", "--endpoint", "http://x", "--regex", "a"],
+            ["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "http://x", "--regex", "a"],
             "there is no --regex",
         ),
-        (["rollout", "none.jsonl", "-o", "r", "--model", "m"], "none.jsonl is neither"),
-        (["rollout", "taste.jsonl", "-o", "r", "--model", "m"], "no grader 'taste'"),
-        (["questions", "tiny-world", "-o", "r"], "say how many problems with --num"),
-        (["sft", "none.jsonl", "-o", "r"], "none.jsonl is neither"),
-        (["sft", "q.jsonl", "-o", "r"], "q.jsonl: 1 of 1 rows are no RolloutRow: line 1"),
-        (["opd", "q.jsonl", "-o", "r", "--sft-share", "2"], "sft_share must be in [0, 1]"),
+        (["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "x:80/v1"], "http://teacher:8000/v1"),
+        (["rollout", "q.jsonl", "-o", ".", "--model", "m"], "is no file"),
+        (["sft", "q.jsonl", "-o", "rows.parquet"], "ends in .jsonl"),
+        (["rollout", "none.jsonl", "-o", "r.jsonl", "--model", "m"], "none.jsonl is neither"),
+        (["rollout", "taste.jsonl", "-o", "r.jsonl", "--model", "m"], "no grader 'taste'"),
+        (["questions", "tiny-world", "-o", "r.jsonl"], "say how many problems with --num"),
+        (["sft", "none.jsonl", "-o", "r.jsonl"], "none.jsonl is neither"),
+        (["sft", "q.jsonl", "-o", "r.jsonl"], "q.jsonl: 1 of 1 rows are no RolloutRow: line 1"),
+        (["opd", "q.jsonl", "-o", "r.jsonl", "--sft-share", "2"], "sft_share must be in [0, 1]"),
     ],
 )
 def test_refused(run, tmp_path, monkeypatch, options, says):

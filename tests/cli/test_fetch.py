@@ -31,18 +31,18 @@ def asked(monkeypatch, tmp_path):
 
 
 def test_a_model_and_datasets(run, asked, tmp_path):
-    result = run("fetch", "Qwen/Qwen3.5-4B@abc", "datasets/owner/data@v1", "dapo-math", "--json")
+    result = run("fetch", "Qwen/Qwen3.5-4B@abc", "datasets/owner/data@v1", "dapo-math@v2", "--json")
     assert result.exit_code == 0, result.output
     places = json.loads(result.stdout)
     assert [(place["kind"], place["name"], place["revision"]) for place in places] == [
         ("model", "Qwen/Qwen3.5-4B", "abc"),
         ("dataset", "owner/data", "v1"),
-        ("dataset", "open-r1/DAPO-Math-17k-Processed", None),
+        ("dataset", "open-r1/DAPO-Math-17k-Processed", "v2"),
     ]
     assert asked == [
         ("Qwen/Qwen3.5-4B", {"revision": "abc", "allow_patterns": PATTERNS, "ignore_patterns": "*/*"}),
         ("owner/data", None, "v1"),
-        ("open-r1/DAPO-Math-17k-Processed", "all", None),
+        ("open-r1/DAPO-Math-17k-Processed", "all", "v2"),
     ]
     assert places[1]["path"] == str(tmp_path / "cache")
 

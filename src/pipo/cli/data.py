@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipo.cli import rollout
-from pipo.cli.terminal import console, print_json
+from pipo.cli.terminal import console, print_bad_rows, print_json
 from pipo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipo.data.records import BadRow
     from pipo.data.select import SelectReport
 
 TINY_WORLD = "tiny-world"
-NAMED_ROWS = 20
 
 app = typer.Typer(help="Questions, a teacher's rollouts, and training rows from them.", no_args_is_help=True)
 app.command()(rollout.rollout)
@@ -69,7 +71,10 @@ def sft(
     split_seed: SplitSeed = None,
     keep: Annotated[Keep, typer.Option(help="All samples that may stay, or the shortest.")] = Keep.ALL,
     max_per_question: Annotated[
-        int | None, typer.Option(help="Most samples of a question.", show_default="1 for shortest, else no limit")
+        int | None,
+        typer.Option(
+            help="Most samples of a question, of each file that has it.", show_default="1 for shortest, else no limit"
+        ),
     ] = None,
     min_accuracy: MinAccuracy = None,
     max_accuracy: MaxAccuracy = None,
@@ -108,6 +113,7 @@ def sft(
         thinking_prefix=thinking_prefix.replace("\\n", "\n"),
         skip_bad_rows=skip_bad_rows,
     )
+    _refuse_source(out, rollouts)
     report = SelectReport("sft")
     write_rows(out, select_sft(rollouts, settings, report))
     _show(report, out, as_json)
@@ -140,6 +146,7 @@ def opd(
         repeated=repeated,
         skip_bad_rows=skip_bad_rows,
     )
+    _refuse_source(out, rollouts)
     report = SelectReport("opd")
     write_rows(out, select_opd(rollouts, settings, report))
     _show(report, out, as_json)
@@ -163,6 +170,7 @@ def questions(
     split: Annotated[str, typer.Option(help="Of a dataset.", metavar="NAME")] = "train",
     seed: Annotated[int, typer.Option(help="Of tiny-world: which problems are drawn.")] = 0,
     side: Annotated[Side, typer.Option(help="Of tiny-world: the side of its split.")] = Side.TRAIN,
+    skip_bad_rows: SkipBadRows = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a source's questions to a file, each with what checks its answer.
@@ -172,6 +180,7 @@ def questions(
     from pipo.data.records import write_rows
     from pipo.data.sources import open_questions
 
+    bad: list[BadRow] = []
     if source == TINY_WORLD:
         from pipo.demo.questions import card_questions
 
@@ -180,11 +189,23 @@ def questions(
         count = write_rows(out, card_questions(num, seed, side.value))
     else:
         found = open_questions(source, kind=kind, split=split, subset=subset)
-        count = write_rows(out, itertools.islice(found, num), check=found.check)
+        _refuse_source(out, [source])
+        wanted = itertools.islice(found, num)
+        count = write_rows(out, wanted) if skip_bad_rows else write_rows(out, wanted, check=found.check)
+        bad = found.bad
     if as_json:
-        print_json({"num_questions": count, "file": out})
-    else:
-        console(stderr=False).print(f"{count} questions in {out}", markup=False)
+        print_json({"num_questions": count, "bad": [asdict(row) for row in bad], "file": out})
+        return
+    console(stderr=False).print(f"{count} questions in {out}", markup=False)
+    print_bad_rows(source, bad)
+
+
+def _refuse_source(out: Path, sources: Sequence[str]) -> None:
+    """Raise `ConfigError` where the file to write is one that is read: it would be gone."""
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.exists() and out.expanduser().exists() and out.expanduser().samefile(path):
+            raise ConfigError(f"{out} is what is read; name another file to write, or {out} would be lost")
 
 
 def _show(report: SelectReport, out: Path, as_json: bool) -> None:
@@ -201,6 +222,7 @@ def _show(report: SelectReport, out: Path, as_json: bool) -> None:
         table.add_row(f"  {reason}", f"−{count:,}")
     table.add_row(f"in {out}", f"{report.num_kept:,}")
     console(stderr=False).print(table)
-    for file, rows in about["bad"].items():
-        for row in rows[:NAMED_ROWS]:
-            console().print(f"{file}, line {row['line']}: {row['reason']}", markup=False)
+    for file, rows in report.bad.items():
+        print_bad_rows(file, rows)
+    if not report.num_kept:
+        console().print(f"Nothing of it may stay, so {out} is empty", markup=False)

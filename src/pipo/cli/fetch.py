@@ -50,10 +50,11 @@ def fetch(
 def _fetch(name: str, to: Path | None, subset: str | None) -> dict[str, Any]:
     from pipo.data.sources import SOURCES
 
+    name, _, revision = name.partition("@")
     named = SOURCES.get(name)
     if named is not None and named.hub_id is not None:
         name, subset = f"{DATASETS}{named.hub_id}", subset or named.subset
-    repository, _, revision = name.removeprefix(DATASETS).partition("@")
+    repository = name.removeprefix(DATASETS)
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise ConfigError(f"{name!r} is no name on the hub: models are owner/name, datasets are datasets/owner/name")
     is_dataset = name.startswith(DATASETS)

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,8 @@ import typer
 
 from pipo.cli.graders import open_named_graders
 from pipo.cli.options import open_engine, sampling_params, takes_engine, takes_sampling
-from pipo.cli.terminal import console, print_json, working
-from pipo.errors import ConfigError
+from pipo.cli.terminal import console, print_bad_rows, print_json, working
+from pipo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pipo.data.collect import CollectSettings, Generator, Progress
@@ -84,7 +85,7 @@ def rollout(
         bool, typer.Option("--retry-failed", help="Ask again where a sample failed in an earlier run.")
     ] = False,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Rows that are no question are named, but are no error.")
+        bool, typer.Option("--skip-bad-rows", help="Go on past rows that are no question; they are named all the same.")
     ] = False,
     unsafe_local: Annotated[
         bool, typer.Option("--unsafe-local", help="Run the programs that the teacher writes without a sandbox.")
@@ -97,12 +98,19 @@ def rollout(
     """
     from pipo.data.collect import CollectSettings, Progress
     from pipo.data.sources import open_questions
+    from pipo.data.writing import place_of
 
+    place_of(out)
     params = sampling_params({**sampling, "seed": None})
     questions = open_questions(source, kind=kind, split=split, subset=subset)
     with working(f"Reading {source}"):
         total = questions.count() if num_questions is None else min(num_questions, questions.count())
-        graders = open_named_graders(questions.graders(), unsafe_local=unsafe_local)
+        names = questions.graders(num_questions)
+    if not skip_bad_rows:
+        questions.check()
+    if names is None:
+        raise DataError(f"{source} holds no question")
+    graders = open_named_graders(names, unsafe_local=unsafe_local)
     about = {"source": source, "kind": kind, "subset": subset, "split": split, "num_questions": total}
     generator: Generator
     if endpoint is None:
@@ -126,9 +134,7 @@ def rollout(
     progress = Progress(total)
     wanted = itertools.islice(questions, num_questions)
     _run(wanted, generator, graders, out, settings, progress, about)
-    _report(questions, progress, out, as_json)
-    if not skip_bad_rows:
-        questions.check()
+    _report(source, questions, progress, out, as_json)
 
 
 def _run(
@@ -177,8 +183,6 @@ def _open_endpoint(
     timeout_s: float,
     max_retries: int,
 ) -> Generator:
-    from dataclasses import asdict
-
     from pipo.data.endpoint import Endpoint, EndpointSettings
     from pipo.engine.request import SamplingParams
 
@@ -248,16 +252,23 @@ def _live(progress: Progress) -> Iterator[Callable[[], None]]:
         yield lambda: bar.update(task, completed=progress.num_before + progress.num_done, status=_status(progress))
 
 
-def _report(questions: QuestionFile, progress: Progress, out: Path, as_json: bool) -> None:
-    bad = [{"line": row.line, "reason": row.reason} for row in questions.bad]
+def _report(source: str, questions: QuestionFile, progress: Progress, out: Path, as_json: bool) -> None:
+    """Say what was collected.
+
+    Raises:
+        DataError: it was nothing, because every sample failed.
+    """
     if as_json:
         numbers = {name: value for name, value in vars(progress).items() if name.startswith("num_")}
-        more = {"accuracy": progress.accuracy, "tokens_per_s": progress.tokens_per_s, "bad": bad, "file": out}
-        print_json({**numbers, **more})
-        return
-    console(stderr=False).print(
-        f"{progress.num_before + progress.num_done} of {progress.num_questions} questions in {out}: {_status(progress)}",
-        markup=False,
-    )
-    for row in bad[:20]:
-        console().print(f"line {row['line']} is no question: {row['reason']}", markup=False)
+        more = {"accuracy": progress.accuracy, "tokens_per_s": progress.tokens_per_s, "last_error": progress.last_error}
+        print_json({**numbers, **more, "bad": [asdict(row) for row in questions.bad], "file": out})
+    else:
+        done = progress.num_before + progress.num_done
+        text = f"{done} of {progress.num_questions} questions in {out}: {_status(progress)}"
+        console(stderr=False).print(text, markup=False)
+        print_bad_rows(source, questions.bad)
+    if progress.num_failed:
+        told = f"the last because: {progress.last_error}. --retry-failed asks for these questions again"
+        if progress.num_failed == progress.num_samples:
+            raise DataError(f"all {progress.num_failed} samples failed, {told}")
+        console().print(f"{progress.num_failed} samples failed, {told}", markup=False)

@@ -7,11 +7,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from pipo.data.records import BadRow
+
+NAMED_ROWS = 20
+"""Bad rows that a command names one by one; `--json` holds them all."""
 
 
 def console(stderr: bool = True, wrap: bool = False) -> Console:
@@ -39,6 +45,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return value
+
+
+def print_bad_rows(source: str, rows: Sequence[BadRow]) -> None:
+    """Name rows that were skipped on stderr, by line, and say how many there are."""
+    for row in rows[:NAMED_ROWS]:
+        console().print(f"{source}, line {row.line}: {row.reason}", markup=False)
+    if rows:
+        named = f", of which the first {NAMED_ROWS} are named" if len(rows) > NAMED_ROWS else ""
+        console().print(f"{source}: {len(rows)} bad rows are skipped{named}", markup=False)
 
 
 @contextmanager

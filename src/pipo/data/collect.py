@@ -81,13 +81,17 @@ class Progress:
     num_graded: int = 0
     num_right: int = 0
     num_tokens: int = 0
+    last_error: str | None = None
+    """Why the latest of the failed samples failed."""
     started_s: float = field(default_factory=time.monotonic)
 
     def add(self, row: RolloutRow, samples: list[Sample]) -> None:
         """Count a question."""
         self.num_done += 1
         self.num_samples += len(samples)
-        self.num_failed += sum(sample.error is not None for sample in samples)
+        errors = [sample.error for sample in samples if sample.error is not None]
+        self.num_failed += len(errors)
+        self.last_error = errors[-1] if errors else self.last_error
         self.num_graded += sum(accuracy is not None for accuracy in row.accuracies)
         self.num_right += sum(accuracy == 1 for accuracy in row.accuracies)
         self.num_tokens += sum(row.n_tokens)

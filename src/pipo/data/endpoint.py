@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipo.data.collect import Sample
 from pipo.data.rows import Message
@@ -59,6 +60,9 @@ class Endpoint:
             raise ConfigError("asking a server needs more packages (openai): pip install 'pipo-llm[train]'") from error
         if settings.max_requests < 1 or settings.max_retries < 0 or settings.timeout_s <= 0:
             raise ConfigError("max_requests must be ≥ 1, max_retries ≥ 0 and timeout_s > 0")
+        url = urlsplit(settings.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"a server's address is such as http://teacher:8000/v1, got {settings.base_url!r}")
         self.settings = settings
         self._client = openai.AsyncOpenAI(
             base_url=settings.base_url, api_key=api_key or "none", max_retries=0, timeout=settings.timeout_s

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -64,6 +64,26 @@ def _as_metadata(value: Any) -> Any:
     return {} if value is None else parse_mapping(value)
 
 
+class Test(Row):
+    """One test of a program."""
+
+    __test__ = False  # pytest would collect it
+    input: str
+    output: str
+
+
+class Program(Row):
+    """What the metadata of a question hold whose grader is `code`: how a program is run."""
+
+    tests: list[Test] = Field(default_factory=list)
+    language: str | None = None
+    time_limit_s: float | None = Field(None, gt=0)
+    memory_limit_bytes: int | None = Field(None, gt=0)
+    input_file: str | None = None
+    output_file: str | None = None
+    checker: str | None = None
+
+
 class Checked(Row):
     """What questions and OPD rows share: how a completion is checked."""
 
@@ -74,6 +94,15 @@ class Checked(Row):
 
     _answer = field_validator("final_answer", mode="before")(_as_answer)
     _metadata = field_validator("metadata", mode="before")(_as_metadata)
+
+    @model_validator(mode="after")
+    def _check_program(self) -> Self:
+        if self.grader == "code":
+            try:
+                Program.model_validate(self.metadata)
+            except ValidationError as error:
+                raise ValueError(f"metadata for the grader code: {explain(error)}") from None
+        return self
 
 
 class Question(Checked):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError, field_validator
 
 from pipo.data.records import BadRow, RowFile, count_rows, is_local, refuse_bad
-from pipo.data.rows import Question, Row, explain, parse_mapping
+from pipo.data.rows import Question, Row, Test, explain, parse_mapping
 from pipo.errors import ConfigError
 
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -44,14 +45,6 @@ class MathRow(Row):
             final_answer=answer,
             grader="math",
         )
-
-
-class Test(Row):
-    """One test of a program."""
-
-    __test__ = False  # pytest would collect it
-    input: str
-    output: str
 
 
 class CodeRow(Row):
@@ -179,15 +172,16 @@ class QuestionFile:
             else:
                 yield question
 
-    def graders(self) -> set[str]:
-        """The names of the graders that its questions need. Reads the rows where they say so themselves.
+    def graders(self, num: int | None = None) -> set[str] | None:
+        """The names of the graders that the first `num` questions need, `None` where there is no question.
+
+        Reads them all, so that `check` knows of every row that is wrong before anything is asked of a teacher.
 
         Raises:
             DataError: the source can't be read.
         """
-        if self.source.grader is not None:
-            return {self.source.grader}
-        return {question.grader for question in self if question.grader is not None}
+        names = {question.grader for question in islice(self, num)}
+        return {name for name in names if name is not None} if names else None
 
     def check(self) -> None:
         """Refuse what is no question.
