@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,10 +71,13 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path):
     other.chat_template = CHATML.replace("\n", " ")
     spoken = byte_tokenizer()
     spoken.add_tokens(["bb"])
+    ended = byte_tokenizer()
+    ended.eos_token = "<|endoftext|>"  # which templates write, and which may end a turn
     for number, (changed, tokenizer, changes) in enumerate(
         [
             ("chat template", other, {}),
             ("tokenizer", spoken, {}),
+            ("tokenizer", ended, {}),
             ("thinking_prefix", None, {"thinking_prefix": "<think>\n"}),
             ("template_options", None, {"template_options": {"enable_thinking": False}}),
             ("num_examples", None, {"num_examples": 1}),
@@ -88,7 +92,7 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path):
     assert byte_tokenizer().decode(dataset.example(0).turns[-1][0]) == "c<|im_end|>"
     rows(source, "b")  # and the first one is still there
     build(source, notes, cache_dir)
-    assert len(notes) == 7
+    assert len(notes) == 8
 
 
 def test_a_version_of_the_format_is_a_cache_of_its_own(tmp_path, monkeypatch):
@@ -153,6 +157,20 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
             build(source, [], tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(build(source, [], tmp_path / "cache")) == 1
+
+
+def test_a_disk_that_is_full_while_tokens_are_written_is_left_as_it_was(tmp_path):
+    """Breaks when the tokens that still fitted stay on a full disk."""
+
+    def write(writer):
+        writer._stream.close()
+        writer._stream = Path("/dev/full").open("wb")  # noqa: SIM115 (the writer closes it)
+        writer.add([(list(range(100_000)), True)])
+        raise AssertionError("nothing fits")
+
+    with pytest.raises(DataError, match="No space left"):
+        open_cache(tmp_path, "rows", {"rows": "x"}, write, lambda _: None)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_a_folder_is_known_by_its_files(tmp_path):

@@ -1,5 +1,8 @@
 """Right is right however it is written; what can't be told is neither right nor wrong."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from pipo.data.records import Question
@@ -99,6 +102,18 @@ class TestMath:
 
 
 DOUBLE = [{"input": "2\n", "output": "4\n"}, {"input": "5\n", "output": "10"}]
+
+
+def test_closing_ends_checks_that_are_at_work():
+    grader = MathGrader(num_workers=1, wait_s=60)
+    grader._command = ["sleep", "60"]
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(grader.grade, question("4"), r"\boxed{4}")
+        while not grader._workers:
+            time.sleep(0.01)
+        grader.close()
+        assert "could not compare" in running.result(timeout=30).error
+        assert "could not compare" in threads.submit(grader.grade, question("4"), r"\boxed{4}").result(30).error
 
 
 def program(code, language="python"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,14 @@ class TestUnsafeLocal:
     def test_file_names_stay_in_the_folder(self):
         with pytest.raises(SandboxError, match="plain name"):
             UnsafeLocal().run(["true"], {"../x": b""}, b"", Limits())
+
+    def test_closing_ends_what_runs_and_what_would(self):
+        sandbox = UnsafeLocal()
+        with ThreadPoolExecutor(1) as threads:
+            running = threads.submit(run, sandbox, "import time; time.sleep(60)", wall_s=60)
+            time.sleep(0.3)
+            sandbox.close()
+            with pytest.raises(SandboxError, match="closed"):
+                running.result(timeout=30)
+        with pytest.raises(SandboxError, match="closed"):
+            run(sandbox, "import time; time.sleep(60)", wall_s=60)

@@ -148,17 +148,25 @@ def _run(
 ) -> None:
     from pipo.data.collect import collect
 
+    async def work(refresh: Callable[[], None]) -> None:
+        try:
+            await collect(wanted, generator, graders, out, settings, progress, about, refresh)
+        finally:
+            # Before the event loop ends: it waits for its threads, in which graders are at work.
+            for grader in graders.values():
+                if hasattr(grader, "close"):
+                    grader.close()
+
     try:
         with _live(progress) as refresh:
-            asyncio.run(collect(wanted, generator, graders, out, settings, progress, about, refresh))
+            asyncio.run(work(refresh))
     except (KeyboardInterrupt, Exception):
         if progress.num_done:
             console().print(f"{progress.num_done} more questions are in {out}; the same command goes on", markup=False)
         raise
     finally:
-        for used in (generator, *graders.values()):
-            if hasattr(used, "close"):
-                used.close()
+        if hasattr(generator, "close"):
+            generator.close()
 
 
 def _open_engine_generator(

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,9 @@ class CacheWriter:
                 os.fsync(file.fileno())
 
     def abandon(self) -> None:
-        """Let go of the files."""
-        self._stream.close()
+        """Let go of the files. What the last of it could not write is no matter any more."""
+        with suppress(OSError):
+            self._stream.close()
 
 
 def open_cache(
@@ -246,7 +247,10 @@ def fingerprint_of_source(source: str, split: str, subset: str | None) -> str:
 
 
 def fingerprint_of_tokenizer(tokenizer: Any) -> str:
-    """A hash over what decides a tokenizer's ids."""
+    """A hash over what decides a tokenizer's ids, and over its special tokens: templates write them, and one ends a turn."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{type(tokenizer).__name__}\n{content}".encode()).hexdigest()
+    added = {str(token): str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = json.dumps([names, sorted(added.items())])
+    return hashlib.sha256(f"{type(tokenizer).__name__}\n{special}\n{content}".encode()).hexdigest()

@@ -75,6 +75,8 @@ class MathGrader:
             raise ConfigError("checking mathematics needs more packages (math_verify): pip install 'pipo-llm[train]'")
         self.wait_s = wait_s
         self._command = [sys.executable, "-m", "pipo.evaluation.math_worker"]
+        self._closed = False
+        self._workers: set[subprocess.Popen[str]] = set()
         self._idle: queue.Queue[subprocess.Popen[str] | None] = queue.Queue()
         for _ in range(num_workers):
             self._idle.put(None)
@@ -98,20 +100,24 @@ class MathGrader:
         """A worker's answer; `None` where it died or took too long."""
         worker = self._idle.get()
         try:
+            if self._closed:
+                return None
             if worker is None or worker.poll() is not None:
                 worker = subprocess.Popen(
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
                 )
+                self._workers.add(worker)
             assert worker.stdin is not None
             assert worker.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 worker.stdin.write(json.dumps(request) + "\n")
                 worker.stdin.flush()
-            ready, _, _ = select.select([worker.stdout], [], [], self.wait_s)
+            ready = not self._closed and select.select([worker.stdout], [], [], self.wait_s)[0]
             line = worker.stdout.readline() if ready else ""
             if line:
                 reply: dict[str, Any] = json.loads(line)
                 return reply
+            self._workers.discard(worker)
             _end(worker)
             worker = None
             return None
@@ -119,11 +125,15 @@ class MathGrader:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End the workers."""
-        with contextlib.suppress(queue.Empty):
-            while True:
+        """End the workers, those at work too: what they were to tell is not told. No check after it tells anything."""
+        self._closed = True
+        for busy in list(self._workers):
+            busy.kill()
+        for _ in range(self._idle.qsize()):
+            with contextlib.suppress(queue.Empty):
                 if (worker := self._idle.get_nowait()) is not None:
                     _end(worker)
+                self._idle.put(None)
 
 
 def _end(worker: subprocess.Popen[str]) -> None:
@@ -177,6 +187,10 @@ class CodeGrader:
             return Grade(all(self._passes(program, test, about) for test in tests), code)
         except SandboxError as error:
             return Grade(False, code, error=str(error))
+
+    def close(self) -> None:
+        """End the programs that run, and run no more."""
+        self.sandbox.close()
 
     def _compile(self, code: str, language: str) -> tuple[list[str], dict[str, bytes]] | None:
         """How to run a program, with its files; `None` where it doesn't compile."""

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,8 +106,23 @@ class Sandbox(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what runs, in whatever thread, and run nothing more."""
+        ...
 
-class Bubblewrap:
+
+class _Closable:
+    """What ends programs when it is closed: without it, Ctrl-C would wait for the last of them."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """As :meth:`Sandbox.close`."""
+        self._closed.set()
+
+
+class Bubblewrap(_Closable):
     """The sandbox.
 
     Raises:
@@ -114,6 +130,7 @@ class Bubblewrap:
     """
 
     def __init__(self, program: str | None = None, python: str | None = None) -> None:
+        super().__init__()
         found = program or shutil.which("bwrap", path=SYSTEM_PATH)
         if found is None:
             raise ConfigError(
@@ -187,10 +204,11 @@ class Bubblewrap:
                 options += ["--perms", "0555", "--ro-bind-data", str(handle.fileno()), f"{BOX}/{_plain(name)}"]
             options += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", BOX]
             as_nobody = NOBODY if os.geteuid() == 0 else None
-            return _run([self.program, *options, "--", self.python], command, stdin, limits, handles, "/", as_nobody)
+            launch = [self.program, *options, "--", self.python]
+            return _run(launch, command, stdin, limits, handles, "/", as_nobody, self._closed)
 
 
-class UnsafeLocal:
+class UnsafeLocal(_Closable):
     """No sandbox at all: the program may do whatever you may. Limits on time, memory and output only."""
 
     def run(self, command: Sequence[str], files: Mapping[str, bytes], stdin: bytes, limits: Limits) -> Result:
@@ -201,7 +219,9 @@ class UnsafeLocal:
                 path.write_bytes(content)
                 path.chmod(0o555)
             # The limit on processes counts all that the user runs, so it can't be kept here.
-            return _run([sys.executable], command, stdin, replace(limits, num_processes=-1), [], folder, None)
+            return _run(
+                [sys.executable], command, stdin, replace(limits, num_processes=-1), [], folder, None, self._closed
+            )
 
 
 def open_sandbox(unsafe_local: bool = False) -> Sandbox:
@@ -242,6 +262,7 @@ def _run(
     handles: list[int],
     folder: str,
     user: int | None,
+    closed: threading.Event,
 ) -> Result:
     """Run `outer` (what starts a Python, in a sandbox or not) with the launcher and the program."""
     # Files, not pipes: nothing to feed or drain, and the kernel keeps the limit on output.
@@ -272,7 +293,7 @@ def _run(
             os.close(report)
         with open(reader, "rb") as reports:
             try:
-                killed = _watch(process, limits)
+                killed = _watch(process, limits, closed)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -304,14 +325,20 @@ def _judge(code: int, killed: Status | None, stdout: bytes, stderr: bytes, time_
     return Result(status, code, stdout, stderr, time_s)
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits) -> Status | None:
-    """Wait for the end of a program, or for a limit that the kernel doesn't keep; which one it was."""
+def _watch(process: subprocess.Popen[bytes], limits: Limits, closed: threading.Event) -> Status | None:
+    """Wait for the end of a program, or for a limit that the kernel doesn't keep; which one it was.
+
+    Raises:
+        SandboxError: the sandbox was closed meanwhile.
+    """
     deadline = time.monotonic() + limits.wall
     handle = os.pidfd_open(process.pid)
     try:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         while not poll.poll(WATCH_MS):
+            if closed.is_set():
+                raise SandboxError("the sandbox was closed")
             if time.monotonic() > deadline:
                 return "time"
             if _resident_bytes(process.pid) > limits.memory_bytes:
