@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from pipo.demo.run import CHECKPOINTS
+
 
 def refuse_constant(name):
     raise AssertionError(f"{name} is not JSON")
@@ -20,12 +22,22 @@ def test_stdout_is_the_rows_and_nothing_else(run, tmp_path):
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
+def test_a_model_of_ones_own(run, tmp_path):
+    own = CHECKPOINTS / "pipo"
+    result = run("demo", "--out", tmp_path, "--num-problems", "1", "--pipo", own)
+    assert result.exit_code == 0, result.output
+    assert str(own) in result.stdout
+    assert "Measured when these checkpoints were trained" not in result.stdout  # the shipped controls say nothing of it
+    assert str(own) in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--resume"], "--resume goes with --train"),
         (["--train", "--json"], "go without --train"),
         (["--checkpoints", "/nowhere"], "/nowhere"),
+        (["--pipo", "/nowhere"], "/nowhere"),
     ],
 )
 def test_refused(run, tmp_path, options, says):

@@ -30,6 +30,14 @@ def demo(
             show_default="the package's",
         ),
     ] = None,
+    pipo_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--pipo",
+            help="A PIPO checkpoint of your own (of `pipo sft`, `opd` or `merge`) to run beside the package's regular model.",
+            metavar="FOLDER",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="With --train: go on where an earlier run in --out stopped.")
     ] = False,
@@ -40,9 +48,9 @@ def demo(
     """
     if resume and not train:
         raise ConfigError("--resume goes with --train: there is nothing else to resume")
-    if train and (as_json or checkpoints is not None):
+    if train and (as_json or checkpoints is not None or pipo_model is not None):
         raise ConfigError(
-            "--json and --checkpoints go without --train, which runs the demo on the checkpoints that it makes"
+            "--json, --checkpoints and --pipo go without --train, which runs the demo on the checkpoints that it makes"
         )
     if train:
         from pipo.demo import train as training
@@ -60,4 +68,5 @@ def demo(
             as_json=as_json,
             console=console(stderr=as_json, wrap=True),
             checkpoints=checkpoints or run.CHECKPOINTS,
+            pipo_model=pipo_model,
         )

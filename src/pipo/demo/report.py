@@ -72,7 +72,7 @@ def build_report(
         example_problem=problems[0].text,
         example_solution="".join(solve(problems[0], random.Random(setting.seed))),
         rows=[_row(result, regular_tpot_s) for result in results],
-        table_note=TABLE_NOTE,
+        table_note=TABLE_NOTE if controls.rows else THRESHOLD_NOTE,
         controls=[_control_row(row) for row in controls.rows],
         controls_note=controls.note,
         speed_chart=Markup(
@@ -99,8 +99,9 @@ def build_report(
     )
 
 
+THRESHOLD_NOTE = "95% intervals, samples clustered by problem. PIPO τ: drafts with at least this confidence are kept."
 TABLE_NOTE = (
-    "95% intervals, samples clustered by problem. PIPO τ: drafts with at least this confidence are kept. "
+    f"{THRESHOLD_NOTE} "
     "“regular” was trained for as many steps as PIPO, from the same start; the teacher for longer, and on fresh problems."
 )
 

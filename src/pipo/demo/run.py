@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pipo
-from pipo.demo.controls import read_controls
+from pipo.demo.controls import Controls, read_controls
 from pipo.demo.evaluate import (
     METHODS,
     SAMPLES,
@@ -32,6 +32,7 @@ from pipo.demo.evaluate import (
 from pipo.demo.report import (
     SHOWN_THRESHOLD,
     TABLE_NOTE,
+    THRESHOLD_NOTE,
     Setting,
     build_report,
     interval_text,
@@ -49,13 +50,20 @@ NUM_SPEED_PROBLEMS = 12
 
 
 def main(
-    out: Path, seed: int, num_problems: int, as_json: bool, console: Console, checkpoints: Path = CHECKPOINTS
+    out: Path,
+    seed: int,
+    num_problems: int,
+    as_json: bool,
+    console: Console,
+    checkpoints: Path = CHECKPOINTS,
+    pipo_model: Path | None = None,
 ) -> None:
     """Runs the demo and writes `results.json` and `report.html` into `out`.
 
     Args:
         seed: draws the problems and the samples. num_problems: at least 1. as_json: print the rows as JSON on standard output
             instead of table and text on `console`. checkpoints: a folder with `pipo`, `regular` and `teacher`.
+        pipo_model: a checkpoint to stand in place of `pipo`.
 
     Raises:
         ConfigError, CheckpointError
@@ -64,21 +72,33 @@ def main(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small to share: a second thread costs more than it brings
     try:
-        _run(out, seed, num_problems, as_json, console, checkpoints, began)
+        _run(out, seed, num_problems, as_json, console, checkpoints, pipo_model, began)
     finally:
         torch.set_num_threads(threads)
 
 
 def _run(
-    out: Path, seed: int, num_problems: int, as_json: bool, console: Console, checkpoints: Path, began: float
+    out: Path,
+    seed: int,
+    num_problems: int,
+    as_json: bool,
+    console: Console,
+    checkpoints: Path,
+    pipo_model: Path | None,
+    began: float,
 ) -> None:
     if num_problems < 1:
         raise ConfigError(f"num_problems must be at least 1, got {num_problems}")
     folders = {name: checkpoints / name for name in NAMES}
+    if pipo_model is not None:
+        folders["pipo"] = pipo_model
     for folder in folders.values():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} holds no checkpoint; `pipo demo --train` makes one")
-    controls = read_controls(checkpoints / "controls.json")
+    if pipo_model is None:
+        controls = read_controls(checkpoints / "controls.json")
+    else:
+        controls = Controls([], "", f"PIPO: {pipo_model}. Regular model and teacher: those of {checkpoints}.")
     problems = draw_problems(seed, num_problems, "test")
     if not as_json:
         _introduce(problems[0], num_problems, console)
@@ -101,10 +121,11 @@ def _run(
         print(_as_json(rows))
         return
     console.print(results_table(results))
-    console.print(Text(TABLE_NOTE, style="dim"))
-    console.print()
-    console.print(controls_table(controls.rows))
-    console.print(Text(controls.note, style="dim"))
+    console.print(Text(TABLE_NOTE if controls.rows else f"{THRESHOLD_NOTE} {controls.how_trained}", style="dim"))
+    if controls.rows:
+        console.print()
+        console.print(controls_table(controls.rows))
+        console.print(Text(controls.note, style="dim"))
     _show_solution(results, problems, pieces, console)
     console.print(
         f"\nreport: [bold]{out / 'report.html'}[/bold]   rows: {out / 'results.json'}   ({setting.seconds:.0f} s)"
