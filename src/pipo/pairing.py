@@ -127,6 +127,10 @@ class Slots:
             where = 2 * self.filler[FIRST_SLOTS].index(True)
             raise PairingError(f"PAD may only fill second slots, but slot {where} is a first slot")
 
+    def without_loss(self) -> Slots:
+        """The same slots without labels."""
+        return Slots(self.ids, [IGNORE_INDEX] * len(self.labels), self.filler)
+
 
 def slots_from_turns(turns: Sequence[tuple[Sequence[int], bool]], pad_id: int) -> Slots:
     """Lay a conversation out in slots.

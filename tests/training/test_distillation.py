@@ -139,6 +139,16 @@ def test_counts_are_of_what_was_written():
     assert distillation.take_seconds()["rollout_s"] == 0
 
 
+def test_a_prompt_that_only_fills_a_batch_is_neither_learned_from_nor_counted():
+    row = OpdRow(messages=[{"role": "user", "content": "?"}], grader="odd")
+    prompts = [Prompt(0, PROMPTS[0], row), Prompt(1, PROMPTS[1], row).without_loss()]
+    distillation = distil(make_student(), "topk", graders={"odd": Odd()}, tokenizer=byte_tokenizer())
+    first, second = distillation.roll_out(prompts, step=0)
+    assert any(label != IGN for label in first.slots.labels)
+    assert all(label == IGN for label in second.slots.labels)
+    assert (distillation.counts.num_rollouts, distillation.counts.num_graded) == (1, 1)
+
+
 def test_graders_read_a_thinking_block_from_its_opening():
     """The template wrote `<think>`, the student the rest; a rollout whose prompt does not end so is read as it is."""
     tokenizer = byte_tokenizer()

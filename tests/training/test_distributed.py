@@ -17,7 +17,7 @@ from pipo.training import distributed
 from pipo.training.config import RunSettings
 from tiny_training import checkpoints, metrics, settings, train
 
-STEPS = {"max_steps": 3, "save_every": 2, "gradient_checkpointing": True}
+STEPS = {"max_steps": 4, "save_every": 2, "gradient_checkpointing": True}
 STRATEGIES = ["ddp", "fsdp2", *(["zero2"] if find_spec("deepspeed") else [])]
 GROUPS = {
     "lora": {"tuning": {"dropout": 0.0}},
@@ -58,18 +58,21 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_give_the_losses_and_weights_of_one(runs, strategy, kind):
-    """The same four examples a step. bfloat16 multiplies batches of another size in another order."""
+    """The same four examples a step; in the last of the epoch one for both, which must not count twice.
+
+    bfloat16 multiplies batches of another size in another order."""
     tolerance = 2e-2 if kind == "bfloat16" else 1e-5
     ours, theirs = metrics(runs / f"{strategy}-{kind}"), metrics(runs / f"single-{kind}")
-    assert len(ours) == 3
+    assert len(ours) == 4
     for one, two in zip(ours, theirs, strict=True):
         for key in ("loss", "backbone_loss", "mtp_loss", "confidence_loss", "confidence_mean", "grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=tolerance), key
-        assert (one["num_tokens"], one["num_slots"]) == (two["num_tokens"], two["num_slots"])
+        assert one["num_tokens"] == two["num_tokens"]
+        assert one["num_slots"] == two["num_slots"] or one["step"] == 4
     ours, theirs = (load_file(runs / f"{how}-{kind}" / "final" / WEIGHTS[kind]) for how in (strategy, "single"))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-2 if kind == "bfloat16" else 1e-5)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=3e-2 if kind == "bfloat16" else 1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -2,15 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from pipo import PipoForCausalLM
 from pipo.errors import ConfigError, TrainingError
-from pipo.training.run import Watch
+from pipo.training import distributed
+from pipo.training.arguments import training_arguments
+from pipo.training.run import Task, Watch, run_training
 from tiny_training import TinySlots, checkpoints, collate, metrics, settings, train
 
 
@@ -100,6 +104,60 @@ def test_reports_of_several_steps_survive_a_resume(models, tmp_path):
         train(settings(models[0], tmp_path / "cut", run=run), watch=Watch(row=row))
     train(settings(models[0], tmp_path / "cut", run=run), resume=True)
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_other_data_or_another_base_is_not_gone_on_with(models, tmp_path):
+    """The settings name the same paths, but what lies there has changed since the checkpoint."""
+
+    class Named(TinySlots):
+        fingerprint = "one"
+
+    def run(**options):
+        task = Task("sft", lambda setup: Named(), lambda setup: collate)
+        return run_training(task, settings(base, tmp_path / "run"), **options)
+
+    base = tmp_path / "base"
+    shutil.copytree(models[0], base)
+    for _ in range(2):  # before its first checkpoint, a run starts anew from whatever there is
+        with pytest.raises(StopIteration):
+            run(resume=True, watch=Watch(row=stop_at(1)))
+        Named.fingerprint += "!"
+    with pytest.raises(StopIteration):
+        run(resume=True, watch=Watch(row=stop_at(3)))
+    Named.fingerprint = "other"
+    with pytest.raises(TrainingError, match=r"tiny is not what .* was begun with: its content has changed \(one!! was"):
+        run(resume=True)
+    Named.fingerprint = "one!!"
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TrainingError, match=r"base is not what .* was begun with"):
+        run(resume=True)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert run(resume=True)["num_steps"] == 6
+
+
+def stop_at(step):
+    def row(found):
+        if found["step"] == step:
+            raise StopIteration
+
+    return row
+
+
+def test_one_process_trains_on_one_gpu(models, tmp_path, monkeypatch):
+    """transformers would copy the model to every GPU that it sees, which is not what check_strategy calls single."""
+    original = TrainingArguments._setup_devices.func
+
+    def with_eight(self):
+        device = original(self)
+        self._n_gpu = 8
+        return device
+
+    monkeypatch.setattr(TrainingArguments._setup_devices, "func", with_eight, raising=False)
+    config = settings(models[0], tmp_path / "run")
+    assert training_arguments(config.run, config.optimizer).n_gpu == 1
+    with pytest.raises(ConfigError, match="but DataParallel would run"):
+        distributed.check_strategy(config.run, torch.nn.DataParallel(torch.nn.Linear(1, 1)))
 
 
 def test_how_a_step_is_split_changes_nothing(models, tmp_path):

@@ -94,6 +94,8 @@ class SftDataset(Dataset[Slots]):
         self.pad_id, self.max_slots, self.layout = pad_id, max_slots, layout
         self.max_pad_ratio, self.seed = max_pad_ratio, seed
         self._cache = cache
+        self.fingerprint = cache.folder.name
+        """Of the rows and of all else that decides their tokens."""
         self._epoch = 0
         fits = cache.counts[:, Count.BEFORE] + 2 <= max_slots
         self._kept = np.flatnonzero(fits)

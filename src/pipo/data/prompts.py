@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,17 @@ class Prompt:
     """What the student is asked.
 
     `index`: its place among the prompts, which with the step decides the draw. `token_ids`: as serving would read the chat.
-    `row`: by which a completion can be checked.
+    `row`: by which a completion can be checked. `has_loss`: off where it only fills a batch, and is answered for nothing.
     """
 
     index: int
     token_ids: list[int]
     row: OpdRow | None = None
+    has_loss: bool = True
+
+    def without_loss(self) -> Prompt:
+        """The same prompt, to fill a batch."""
+        return replace(self, has_loss=False)
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -38,6 +45,10 @@ class PromptDataset(Dataset[Prompt]):
         self.report = report
         self.lengths = [len(prompt.token_ids) for prompt in prompts]
         """Tokens of each prompt."""
+        self.fingerprint = hashlib.sha256(json.dumps([prompt.token_ids for prompt in prompts]).encode()).hexdigest()[
+            :16
+        ]
+        """Of the prompts' tokens, in their order."""
 
     def __len__(self) -> int:
         return len(self._prompts)

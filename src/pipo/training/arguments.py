@@ -50,6 +50,8 @@ def training_arguments(run: RunSettings, optimizer: OptimizerSettings, *, narrow
         deepspeed=zero2_config(narrow) if run.strategy == "zero2" else None,
     )
     _ = arguments.device  # sets the processes up
+    # One process trains on one GPU: with several in sight transformers would copy the model to each in every forward.
+    arguments._n_gpu = min(arguments._n_gpu, 1)
     return arguments
 
 

@@ -19,10 +19,14 @@ LENGTH_WINDOW = 50
 """Steps whose examples are sorted by length among themselves."""
 
 
+class Again(int):
+    """Index of an example that another process has already: it fills a batch, and must have no loss."""
+
+
 class EpochBatches:
     """Batches of indices of one process, in the order of an epoch.
 
-    The last batch of an epoch may be smaller. Where it can't be shared evenly, its first examples are read again.
+    The last batch of an epoch may be smaller. Where it can't be shared evenly, its first examples fill it: :class:`Again`.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class EpochBatches:
         for start in range(0, len(order), width):
             together = order[start : start + width]
             missing = -len(together) % self.num_processes
-            together += [together[i % len(together)] for i in range(missing)]
+            together += [Again(together[i % len(together)]) for i in range(missing)]
             share = len(together) // self.num_processes
             yield together[self.process * share : (self.process + 1) * share]
 
@@ -77,6 +81,18 @@ class EpochBatches:
         return [index for indices in steps for index in indices] + by_length[whole:]
 
 
+class Dealt(Dataset[Any]):
+    """A dataset whose examples have no loss where they are read :class:`Again`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        """Example `index`."""
+        example = self.dataset[index]
+        return example.without_loss() if isinstance(index, Again) else example
+
+
 class EpochLoader(DataLoader[Any]):
     """A loader over :class:`EpochBatches`, whose epoch the trainer sets."""
 
@@ -98,7 +114,7 @@ def make_loader(
     """This process's batches, collated. Draws no number from torch's generators, which belong to dropout."""
     batches: Any = EpochBatches(dataset, run, process=process, num_processes=num_processes)  # type: ignore[arg-type]
     return EpochLoader(
-        dataset,
+        Dealt(dataset),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,

@@ -128,10 +128,12 @@ class Distillation:
         found = self.rollouts.roll_out([prompt.token_ids for prompt in prompts], seeds)
         self.seconds["rollout_s"] += time.perf_counter() - began
         self.counts = RolloutCounts()
-        for rollout in found:
-            self.counts.add(rollout)
+        for prompt, rollout in zip(prompts, found, strict=True):
+            if prompt.has_loss:
+                self.counts.add(rollout)
         self._grade(prompts, found)
         slots = [slots_of_rollout(rollout, self.pad_id) for rollout in found]
+        slots = [one if prompt.has_loss else one.without_loss() for prompt, one in zip(prompts, slots, strict=True)]
         return [
             StudentText(one, ratios_of_rollout(rollout, len(one.ids)) if self._needs_ratios else [])
             for one, rollout in zip(slots, found, strict=True)
@@ -147,7 +149,7 @@ class Distillation:
         asked = [
             (self.graders[prompt.row.grader], prompt.row, rollout)
             for prompt, rollout in zip(prompts, rollouts, strict=True)
-            if prompt.row is not None and prompt.row.grader in self.graders
+            if prompt.has_loss and prompt.row is not None and prompt.row.grader in self.graders
         ]
         if not asked:
             return

@@ -151,4 +151,4 @@ def _strategy_of(wrapped: nn.Module) -> str:
         return "fsdp2" if sharded else "fsdp2 of a part"
     if type(wrapped).__name__ == "DeepSpeedEngine":
         return f"zero{wrapped.zero_optimization_stage()}"  # type: ignore[operator]
-    return "single"
+    return "DataParallel" if isinstance(wrapped, nn.DataParallel) else "single"

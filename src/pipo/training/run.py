@@ -101,7 +101,9 @@ def run_training(task: Task, config: TrainingConfig, *, resume: bool = False, wa
     writer = _writer(setup)
     checkpoints = Checkpoints(folder.checkpoints, config.run.keep, writer)
     distributed.on_main(checkpoints.clean)
-    about = _describe(setup, dataset)
+    about = {**_describe(setup, dataset), "base_fingerprint": writer.base_fingerprint}
+    if checkpoints.all():
+        distributed.on_main(lambda: folder.check_same(about))
     began = time.perf_counter()
     last = _train(task, setup, dataset, checkpoints, folder, about, watch)
     weights = writer.collect()
@@ -132,6 +134,7 @@ def _describe(setup: Setup, dataset: Any) -> dict[str, Any]:
         "num_parameters": setup.trainable.num_parameters,
         "num_processes": setup.args.world_size,
         "num_examples": len(dataset),
+        "data_fingerprint": getattr(dataset, "fingerprint", None),
         "num_steps": steps,
         **({} if report is None else {"data": report.as_dict()}),
     }

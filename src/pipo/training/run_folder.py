@@ -91,6 +91,17 @@ class RunFolder:
                 f"{self.path} is a run with other settings: {'; '.join(differing)}. Resume with the same, or name another run.out"
             )
 
+    def check_same(self, about: Mapping[str, Any]) -> None:
+        """Raise `TrainingError` where the run in the folder was begun with other examples or another base, by their fingerprints."""
+        record, settings = read_json(self.path / RUN), self.config
+        for key, what in (("data_fingerprint", settings.data.train), ("base_fingerprint", settings.model.path)):
+            before = record.get(key)
+            if before is not None and before != about[key]:
+                raise TrainingError(
+                    f"{what} is not what {self.path} was begun with: its content has changed ({before} was {key}, and now it is "
+                    f"{about[key]}). Bring it back to go on, or name another run.out"
+                )
+
     def record(self, **content: Any) -> None:
         """Write `run.json`: kind, status, settings, machine, and `content`."""
         self.checkpoints.mkdir(exist_ok=True)
