@@ -113,6 +113,26 @@ def test_a_second_run_asks_only_what_is_missing(tmp_path):
     assert len(rows_of(path)) == 7
 
 
+def test_a_file_may_be_gone_on_with_for_more_questions(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for asked, planned, finished in ((3, 3, 3), (5, 5, 5), (2, 5, 5)):
+        run(path, questions(asked), about={"source": "s", "num_questions": asked})
+        assert json.loads(meta_path(path).read_text())["num_questions"] == planned
+        assert len(rows_of(path)) == finished
+    with pytest.raises(ConfigError, match="source was 's' and is 't'"):
+        run(path, questions(9), about={"source": "t", "num_questions": 9})
+    assert json.loads(meta_path(path).read_text())["num_questions"] == 5
+
+
+def test_a_file_behind_a_link_is_one_file(tmp_path):
+    path, link = tmp_path / "disk" / "r.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    run(link, questions(2))
+    assert run(path, questions(2)).num_before == 2
+    assert meta_path(link) == meta_path(path)
+    assert link.is_symlink()
+
+
 def test_the_same_seed_gives_the_same_rows_in_whatever_order(tmp_path):
     one, many = tmp_path / "one.jsonl", tmp_path / "many.jsonl"
     run(one, questions(8), concurrency=1)
@@ -166,6 +186,15 @@ def test_a_failed_sample_stays_in_the_denominator_until_it_is_asked_for_again(tm
     run(path, questions(3), generator, retry_failed=True)
     assert generator.asked == [1]
     assert [row.finished[0] for row in rows_of(path)] == [True] * 3
+
+
+def test_other_settings_forget_no_failed_question(tmp_path):
+    path = tmp_path / "r.jsonl"
+    run(path, questions(3), Adder(fail=lambda number: number == 1))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="seed was 0 and is 1"):
+        run(path, questions(3), seed=1, retry_failed=True)
+    assert path.read_bytes() == before
 
 
 def test_when_nothing_can_be_had_any_more_it_ends(tmp_path):

@@ -37,6 +37,9 @@ def test_the_final_part_comes_after_the_thinking(text, part):
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{1} and \boxed{2", "1"),
+        (r"} \boxed{1} { \boxed{\boxed{2} + {3}}", "2"),
+        (r"a\\boxed{1}\} {", "1"),
+        (r"\boxed{" * 100_000, None),
         ("none", None),
     ],
 )

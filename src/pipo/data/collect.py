@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from pipo.data.grade import Grade, Grader
 from pipo.data.records import LineWriter, read_rows, write_rows
-from pipo.data.rows import Message, Question, RolloutRow, SourceItem
+from pipo.data.rows import Message, Question, RolloutRow, SourceItem, digest_of, with_opening
 from pipo.data.sources import KEPT_TESTS_BYTES, trim_tests
-from pipo.data.writing import sort_lines
+from pipo.data.writing import place_of, sort_lines
 from pipo.errors import ConfigError, DataError
 
 META_SUFFIX = ".meta.json"
@@ -170,11 +170,12 @@ async def collect(
         DataError: the file holds wrong rows or other questions, another process writes it, or nothing can be had any more.
     """
     settings.validate()
-    path = Path(path)
+    path = place_of(path)
+    lasting = {**about, **settings.lasting(), **generator.describe()}
     if settings.retry_failed:
-        _forget_failed(path)
+        _forget_failed(path, lasting)
     with LineWriter(path) as writer:
-        _match_settings(path, {**about, **settings.lasting(), **generator.describe()})
+        _match_settings(path, lasting)
         finished = _read_finished(path)
         progress.num_before = len(finished)
         waiting = asyncio.Semaphore(settings.concurrency)
@@ -273,9 +274,7 @@ async def _grade(grader: Grader | None, question: Question, sample: Sample, text
 def _whole_text(sample: Sample, thinking_prefix: str) -> str:
     # What is no text (half of a surrogate pair) could not be written.
     text = sample.text.encode(errors="replace").decode()
-    if sample.error is not None or text.startswith(thinking_prefix.rstrip()):
-        return text
-    return thinking_prefix + text
+    return text if sample.error is not None else with_opening(text, thinking_prefix)
 
 
 def _pass_at_k(accuracies: list[float | None]) -> float | None:
@@ -290,8 +289,8 @@ def _meta(sample: Sample, grade: Grade | None) -> dict[str, Any]:
 
 
 def meta_path(path: str | Path) -> Path:
-    """Where the settings of a file of rollouts are kept."""
-    return Path(f"{path}{META_SUFFIX}")
+    """Where the settings of a file of rollouts are kept: beside the file itself, where `path` is a link."""
+    return Path(f"{Path(path).expanduser().resolve()}{META_SUFFIX}")
 
 
 def read_meta(path: str | Path) -> dict[str, Any] | None:
@@ -318,27 +317,43 @@ def _match_settings(path: Path, settings: dict[str, Any]) -> None:
     if before is None:
         if path.stat().st_size:
             raise ConfigError(f"{path} holds rows, but {meta_path(path).name} is missing: choose another file to write")
-        partial = meta_path(path).with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, meta_path(path))
+        _write_meta(path, settings)
         return
+    settings, grown = _with_more_questions(before, settings)
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
         told = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in sorted(changed))
         raise ConfigError(f"{path} was made with other settings: {told}. Choose another file, or the same settings")
+    if grown is not None:
+        _write_meta(path, {**before, "num_questions": grown})
+
+
+def _with_more_questions(before: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """`settings` with as many questions as `before`, and how many it shall be where that is more: a file may be gone on with."""
+    was, now = before.get("num_questions"), settings.get("num_questions")
+    if not isinstance(was, int) or not isinstance(now, int):
+        return settings, None
+    return {**settings, "num_questions": was}, now if now > was else None
+
+
+def _write_meta(path: Path, settings: dict[str, Any]) -> None:
+    partial = meta_path(path).with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, meta_path(path))
 
 
 def _read_finished(path: Path) -> dict[int, str]:
     """The questions that a file has: their prompts' digests by position."""
     rows = read_rows(path, RolloutRow)
-    finished = {row.question_idx: _digest(row.src_item.chat) for _, row in rows}
+    finished = {row.question_idx: digest_of(row.src_item.chat) for _, row in rows}
     rows.check()
     return finished
 
 
-def _forget_failed(path: Path) -> None:
-    """Take the questions of which a sample failed out of a file."""
+def _forget_failed(path: Path, settings: dict[str, Any]) -> None:
+    """Take the questions of which a sample failed out of a file, if it was made with these settings."""
     with LineWriter(path):
+        _match_settings(path, settings)
         rows = read_rows(path, RolloutRow)
         write_rows(path, (row for _, row in rows if not _failed(row)), check=rows.check)
 
@@ -348,12 +363,8 @@ def _failed(row: RolloutRow) -> bool:
     return any(isinstance(meta, dict) and "error" in meta for meta in metas)
 
 
-def _digest(messages: list[Message]) -> str:
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
-
-
 def _check_same(path: Path, index: int, digest: str, question: Question) -> None:
-    if digest != _digest(question.messages):
+    if digest != digest_of(question.messages):
         raise DataError(
             f"question {index} of {path} is not question {index} of the source, which has changed; choose another file"
         )

@@ -6,6 +6,7 @@ A row checks itself. Unknown keys are kept, so that the files of others load, an
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from typing import Any, Self
 
@@ -273,6 +274,16 @@ def check_open(messages: list[Message]) -> list[Message]:
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no message of a user: there is nothing to answer")
     return messages
+
+
+def digest_of(value: Any) -> str:
+    """A name for a question's messages, or for anything else that is JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def with_opening(text: str, prefix: str) -> str:
+    """A completion that begins with the opening of its thinking block, whether it came with it or not."""
+    return text if text.startswith(prefix.rstrip()) else prefix + text
 
 
 def explain(error: ValidationError) -> str:

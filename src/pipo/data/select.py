@@ -6,7 +6,6 @@ The questions are split once, by their order: the first part is for SFT, the res
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 from pipo.data.collect import read_meta
 from pipo.data.records import BadRow, OpdRow, RolloutRow, SftRow, read_rows
+from pipo.data.rows import digest_of, with_opening
 from pipo.errors import ConfigError, DataError
 
 Part = Literal["sft", "opd"]
@@ -117,7 +117,7 @@ def select_sft(sources: Sequence[str | Path], settings: SelectSettings, report: 
     for row in _rows_of_part(sources, settings, report):
         reasons = [_sample_fault(row, index, settings) for index in range(row.num_samples)]
         for index in range(row.num_samples):
-            digest = _digest([row.src_item.chat, row.completion_texts[index]])
+            digest = digest_of([row.src_item.chat, row.completion_texts[index]])
             if reasons[index] is None and not settings.repeated and digest in seen:
                 reasons[index] = "repeated completion"
             if reasons[index] is None:
@@ -158,10 +158,7 @@ def select_opd(sources: Sequence[str | Path], settings: SelectSettings, report: 
 
 
 def _sft_row(row: RolloutRow, index: int, prefix: str) -> SftRow:
-    text = row.completion_texts[index]
-    if not text.startswith(prefix.rstrip()):
-        text = prefix + text
-    answer = {"role": "assistant", "content": text}
+    answer = {"role": "assistant", "content": with_opening(row.completion_texts[index], prefix)}
     return SftRow(
         messages=[*row.src_item.chat, answer], source=row.src_item.dataset, source_index=row.src_item.micro_index
     )
@@ -180,7 +177,7 @@ def _rows_of_part(
             report.num_rows += 1
             count = row.num_samples if report.part == "sft" else 1
             report.num_candidates += count
-            prompt = _digest(row.src_item.chat)
+            prompt = digest_of(row.src_item.chat)
             part = part_of.get(prompt)
             reason = (
                 None
@@ -223,7 +220,7 @@ def _split(sources: Sequence[str | Path], settings: SelectSettings) -> dict[str,
         found: dict[str, int] = {}  # of each dataset in this file: the highest index
         for _, row in read_rows(source, RolloutRow):
             item = row.src_item
-            prompt = _digest(item.chat)
+            prompt = digest_of(item.chat)
             same.join(prompt, _problem(row))
             prompts = lowest.setdefault(item.dataset, {})
             prompts[prompt] = min(item.micro_index, prompts.get(prompt, item.micro_index))
@@ -277,15 +274,11 @@ def _early(groups: dict[str, int], total: int | None, settings: SelectSettings) 
 def _problem(row: RolloutRow) -> str | None:
     """What a problem is called however it is asked, in one language or another. Sorts before all digests of prompts."""
     problem = row.src_item.metadata.get("problem_id")
-    return None if problem is None else f"!{_digest([row.src_item.dataset, problem])}"
+    return None if problem is None else f"!{digest_of([row.src_item.dataset, problem])}"
 
 
 def _fraction(seed: int, group: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8]) / 2**64
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _accuracy_fault(row: RolloutRow, settings: SelectSettings) -> str | None:

@@ -35,18 +35,17 @@ def final_part(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` whose braces balance, `None` without one."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for position in range(begin, len(text)):
-            character = text[position]
-            if text[position - 1] == "\\" and character in "{}":
-                continue
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return text[begin + 1 : position].strip()
-    return None
+    r"""The content of the last `\boxed{…}` whose braces balance, `None` without one. Takes time in proportion to the text."""
+    last: tuple[int, int] | None = None
+    opened: list[tuple[int, bool]] = []
+    for match in re.finditer(r"\\boxed\{|\\[{}]|[{}]", text):
+        if match[0] == "}" and opened:
+            begin, is_box = opened.pop()
+            if is_box and (last is None or begin > last[0]):
+                last = (begin, match.start())
+        elif match[0].endswith("boxed{") or match[0] == "{":
+            opened.append((match.end(), match[0] != "{"))
+    return None if last is None else text[slice(*last)].strip()
 
 
 def last_block(text: str, language: str) -> str | None:
