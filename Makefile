@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-clients test-load lint types docs clean
+.PHONY: demo test train-tiny test-clients test-load lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
@@ -21,6 +21,10 @@ demo: $(CORE)
 # Tiny models: more threads only wait for each other.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The road of docs/training.md on the demo's world, by its own commands. ARGS: another folder than runs/tiny.
+train-tiny: $(DEV)
+	PIPO=$(BIN)/pipo recipes/tiny.sh $(ARGS)
 
 # Clients that others wrote, each in an environment of its own, against a real `pipo serve`.
 CLIENTS := $(foreach name,openai2 openai3 schemathesis,.venvs/$(name)/.installed)
