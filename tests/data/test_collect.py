@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from pipo.data.collect import CollectSettings, Progress, Sample, collect, meta_path, sample_seed
+from pipo.data.collect import CollectSettings, Progress, Sample, collect, sample_seed
 from pipo.data.grade import Grade
 from pipo.data.records import Question, RolloutRow, read_rows
+from pipo.data.rollout_settings import meta_path
 from pipo.errors import ConfigError, DataError
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipo.data.collect import meta_path
 from pipo.data.records import RolloutRow, write_rows
+from pipo.data.rollout_settings import meta_path
 from pipo.data.select import SelectReport, SelectSettings, select_opd, select_sft
 from pipo.errors import ConfigError, DataError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,12 @@ from typing import Any, Protocol
 
 from pipo.data.grade import Grade, Grader
 from pipo.data.records import LineWriter, read_rows, write_rows
+from pipo.data.rollout_settings import match_settings
 from pipo.data.rows import Message, Question, RolloutRow, SourceItem, digest_of, with_opening
 from pipo.data.sources import KEPT_TESTS_BYTES, trim_tests
 from pipo.data.writing import place_of, sort_lines
 from pipo.errors import ConfigError, DataError
 
-META_SUFFIX = ".meta.json"
 MAX_SEED = 2**31 - 1
 """Of samples: what every server takes."""
 PATIENCE = 3
@@ -175,7 +174,7 @@ async def collect(
     if settings.retry_failed:
         _forget_failed(path, lasting)
     with LineWriter(path) as writer:
-        _match_settings(path, lasting)
+        match_settings(path, lasting)
         finished = _read_finished(path)
         progress.num_before = len(finished)
         waiting = asyncio.Semaphore(settings.concurrency)
@@ -288,60 +287,6 @@ def _meta(sample: Sample, grade: Grade | None) -> dict[str, Any]:
     return {**sample.meta, **unsure}
 
 
-def meta_path(path: str | Path) -> Path:
-    """Where the settings of a file of rollouts are kept: beside the file itself, where `path` is a link."""
-    return Path(f"{Path(path).expanduser().resolve()}{META_SUFFIX}")
-
-
-def read_meta(path: str | Path) -> dict[str, Any] | None:
-    """The settings that a file of rollouts was made with; `None` where it has none, as the files of others.
-
-    Raises:
-        DataError: they can't be read.
-    """
-    try:
-        meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{meta_path(path)} can't be read: {error}") from error
-    if not isinstance(meta, dict):
-        raise DataError(f"{meta_path(path)} should hold a JSON object")
-    return meta
-
-
-def _match_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings beside a new file, or compare them with those that an old one was made with."""
-    settings = json.loads(json.dumps(settings))
-    before = read_meta(path)
-    if before is None:
-        if path.stat().st_size:
-            raise ConfigError(f"{path} holds rows, but {meta_path(path).name} is missing: choose another file to write")
-        _write_meta(path, settings)
-        return
-    settings, grown = _with_more_questions(before, settings)
-    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-    if changed:
-        told = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in sorted(changed))
-        raise ConfigError(f"{path} was made with other settings: {told}. Choose another file, or the same settings")
-    if grown is not None:
-        _write_meta(path, {**before, "num_questions": grown})
-
-
-def _with_more_questions(before: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """`settings` with as many questions as `before`, and how many it shall be where that is more: a file may be gone on with."""
-    was, now = before.get("num_questions"), settings.get("num_questions")
-    if not isinstance(was, int) or not isinstance(now, int):
-        return settings, None
-    return {**settings, "num_questions": was}, now if now > was else None
-
-
-def _write_meta(path: Path, settings: dict[str, Any]) -> None:
-    partial = meta_path(path).with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, meta_path(path))
-
-
 def _read_finished(path: Path) -> dict[int, str]:
     """The questions that a file has: their prompts' digests by position."""
     rows = read_rows(path, RolloutRow)
@@ -353,7 +298,7 @@ def _read_finished(path: Path) -> dict[int, str]:
 def _forget_failed(path: Path, settings: dict[str, Any]) -> None:
     """Take the questions of which a sample failed out of a file, if it was made with these settings."""
     with LineWriter(path):
-        _match_settings(path, settings)
+        match_settings(path, settings)
         rows = read_rows(path, RolloutRow)
         write_rows(path, (row for _, row in rows if not _failed(row)), check=rows.check)
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipo.data.collect import read_meta
 from pipo.data.records import BadRow, OpdRow, RolloutRow, SftRow, read_rows
+from pipo.data.rollout_settings import read_meta
 from pipo.data.rows import digest_of, with_opening
 from pipo.errors import ConfigError, DataError
 
