@@ -97,6 +97,18 @@ def test_settings_that_the_model_refuses_are_errors() -> None:
         make_plan(sft(model={"path": "x/y", "shape": "enormous"}))
 
 
+def test_attention_decides_what_the_square_of_the_length_costs() -> None:
+    """Breaks when a plan needs flash-attn to be installed, or ignores the implementation that is asked for."""
+    peaks = []
+    for attention in (None, "flash_attention_2", "eager"):
+        model = {"path": "tiny", "shape": "tiny", "dtype": "float32", "attention": attention}
+        memory = make_plan(sft(model=model, data={"max_slots": 2048})).memory
+        assert memory is not None
+        peaks.append(memory.peak_bytes)
+    assert peaks[0] == peaks[1]
+    assert peaks[2] > peaks[0] + 4 * 1024 * 1024 * 4
+
+
 def test_a_teacher_and_its_states_are_counted() -> None:
     """Breaks when a local teacher is left out of the memory, or a served one is counted."""
     groups: dict[str, Any] = {

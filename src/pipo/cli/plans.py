@@ -23,8 +23,11 @@ UNKNOWN = "unknown"
 def show_plan(config: TrainingConfig, as_json: bool) -> None:
     """Print the plan of a run. Of several processes, the first prints."""
     need_packages()
+    from transformers.utils import logging
+
     from pipo.training.plan import make_plan
 
+    logging.set_verbosity_error()  # of kernels that are not here: a plan needs none
     if int(os.environ.get("RANK", "0")):
         return
     plan = make_plan(config, int(os.environ.get("WORLD_SIZE", config.run.processes or 1)))

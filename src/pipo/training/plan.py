@@ -118,8 +118,10 @@ def make_plan(config: TrainingConfig, num_processes: int = 1) -> Plan:
         )
         return plan
     text_config, compressor, origin = student
+    # flash-attn takes the memory that PyTorch's own fused attention does, and may not be here.
+    attention = None if config.model.attention == "flash_attention_2" else config.model.attention
     model = pipo_without_weights(
-        text_config, compressor or config.model.compressor, as_dtype(config.model.dtype), config.model.attention
+        text_config, compressor or config.model.compressor, as_dtype(config.model.dtype), attention
     )
     plan.trained = prepare_model(model, config.tuning, plan.stage)
     plan.model = _model_plan(config.model.path, origin, text_config, model)
