@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from pipo.bench import train
 from pipo.bench.losses import bench_losses
 from pipo.bench.train import TrainBench, bench_train, estimate_of, measure_memory
+from pipo.bench.train_step import Step
 from pipo.cli.main import app
 from pipo.errors import ConfigError, TrainingError
 from pipo.losses import chunked
@@ -35,6 +36,19 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(bench: TrainBenc
     estimate = estimate_of(bench)
     assert 0 < measured.resting_bytes < measured.peak_bytes
     assert estimate.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-hybrid"])
+def test_plain_steps_train_lora_on_the_regular_model(shape: str) -> None:
+    """Breaks when the comparison trains nothing, or more than the LoRA that PIPO's backbone has."""
+    plain, stage = (
+        Step(TrainBench(shape, slots=8, rank=2), "plain_half"),
+        Step(TrainBench(shape, slots=8, rank=2), "stage"),
+    )
+    plain.run()
+    assert plain.ids_BT.shape == (1, 4)
+    backbone = [p for name, p in stage.model.named_parameters() if ".lora_" in name and name.startswith("model.")]
+    assert [p.shape for p in plain.parameters] == [p.shape for p in backbone]
 
 
 def test_the_losses_take_as_much_for_more_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,8 @@ class Step:
             prepare_model(pipo, tuning, self.bench.stage)
             return pipo
         model = BaseForCausalLM(causal_lm, mtp=False).requires_grad_(False)
-        add_lora(model, lora_layers(model, tuning)[0], tuning)
+        # peft asks a model that it adapts for what only transformers' own have: the decoder is one of these.
+        add_lora(model.model, [name.removeprefix("model.") for name in lora_layers(model, tuning)[0]], tuning)
         return model
 
     @cached_property
