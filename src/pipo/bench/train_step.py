@@ -175,11 +175,9 @@ def measure(bench: TrainBench, work: Work, num_steps: int, *, memory: bool) -> d
     resting = meter.used_bytes()
     seconds: list[float] = []
     for _ in range(num_steps):
-        meter.wait()
-        start = time.perf_counter()
+        start = meter.seconds()
         step.run()
-        meter.wait()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(meter.seconds() - start)
     return {
         "seconds": seconds,
         "peak_bytes": meter.peak_bytes(),
@@ -188,11 +186,11 @@ def measure(bench: TrainBench, work: Work, num_steps: int, *, memory: bool) -> d
     }
 
 
-# --- memory of this process -----------------------------------------------------------------------------------
+# --- memory and time of this process -----------------------------------------------------------------------------------
 
 
 class CpuMeter:
-    """Resident memory beyond what the libraries took before there was a model. Linux only."""
+    """Resident memory beyond what the libraries took before there was a model, and processor time. Linux only."""
 
     def __init__(self, exact: bool) -> None:
         self.libc = ctypes.CDLL("libc.so.6")
@@ -217,8 +215,9 @@ class CpuMeter:
         """At most, since the start."""
         return _status("VmHWM") - self.base_bytes
 
-    def wait(self) -> None:
-        """Nothing runs aside."""
+    def seconds(self) -> float:
+        """Processor time by the number of threads: other work on this machine does not count."""
+        return time.process_time() / torch.get_num_threads()
 
 
 def _status(field: str) -> int:
@@ -229,7 +228,7 @@ def _status(field: str) -> int:
 
 
 class GpuMeter:
-    """What PyTorch's allocator gave out."""
+    """What PyTorch's allocator gave out, and time by the clock."""
 
     def start(self) -> None:
         """Forget the peak so far."""
@@ -245,9 +244,10 @@ class GpuMeter:
         """At most, since the start."""
         return torch.cuda.max_memory_allocated()
 
-    def wait(self) -> None:
-        """Until the GPU has done what it was given."""
+    def seconds(self) -> float:
+        """The time at which the GPU has done what it was given."""
         torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def _meter(device: str, exact: bool) -> CpuMeter | GpuMeter:

@@ -75,7 +75,8 @@ def train(
     """Time and memory of a training step with random weights, beside the estimate that --plan gives.
 
     Compared with plain SFT steps of the regular model: over as many tokens as there are slots, and over half as many, whose backbone
-    does as much work as PIPO's. OPD's step holds teacher and training, not the rollouts. Memory is counted beyond what the libraries take.
+    does as much work as PIPO's. OPD's step holds teacher and training, not the rollouts. Memory is counted beyond what the libraries take;
+    seconds, on a CPU, are processor time by the number of threads, so that other work on the machine does not count.
     """
     import torch
 
