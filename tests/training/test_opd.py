@@ -135,6 +135,22 @@ def test_a_changed_teacher_changes_the_gradient_of_a_step(
         assert apart > 0.02 * size > 0, part
 
 
+def test_reports_of_several_steps_count_all_rollouts_after_a_resume(world: Path, tmp_path: Path):
+    def stop(row: dict[str, float]) -> None:
+        raise StopIteration
+
+    run = {"log_every": 3, "save_every": 2}
+    weights = {"mtp_weight": 0.5, "confidence_weight": 3.0}
+    run_opd(make_config(world, tmp_path / "whole", run=run, loss=weights))
+    with pytest.raises(StopIteration):
+        run_opd(make_config(world, tmp_path / "cut", run=run, loss=weights), watch=Watch(row=stop))
+    run_opd(make_config(world, tmp_path / "cut", run=run, loss=weights), resume=True)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    (row,) = rows_of(tmp_path / "cut")
+    assert row["num_rollouts"] == 3 * 4
+    assert row["loss"] == pytest.approx(row["backbone_loss"] + 0.5 * row["mtp_loss"] + 3 * row["confidence_loss"])
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_losses(undisturbed: Path, world: Path, tmp_path: Path):
     """Stopped in its third step, it goes on from the checkpoint of its second. Breaks where a rollout's draw, the order of prompts or
     the gate's threshold depends on anything but seed, step and prompt."""

@@ -15,6 +15,7 @@ from pipo.errors import ConfigError, TrainingError
 from pipo.training import distributed
 from pipo.training.arguments import training_arguments
 from pipo.training.run import Task, Watch, run_training
+from pipo.training.trainer import PipoTrainer
 from tiny_training import TinySlots, checkpoints, collate, metrics, settings, train
 
 
@@ -244,6 +245,30 @@ def test_a_folder_with_something_in_it_is_not_overwritten(models, tmp_path):
         train(settings(models[0], tmp_path / "notes"), resume=True)
 
 
+def test_optimiser_and_loss_follow_their_settings(models, tmp_path):
+    """Which weights decay, Adam's numbers, the clipped gradient, and the terms' weights: of what runs, not of what was read."""
+    seen = []
+
+    class Watching(PipoTrainer):
+        def _get_grad_norm(self, *args, **kwargs):
+            gradients = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+            seen.append((float(torch.stack(gradients).norm()), self.optimizer.param_groups))
+            return super()._get_grad_norm(*args, **kwargs)
+
+    optimizer = {"betas": (0.8, 0.7), "eps": 1e-6, "weight_decay": 0.3, "max_grad_norm": 0.01}
+    groups = {"optimizer": optimizer, "loss": {"mtp_weight": 0.5, "confidence_weight": 3.0}, "run": {"max_steps": 1}}
+    train(settings(models[0], tmp_path / "run", **groups), trainer=Watching)
+    (row,) = metrics(tmp_path / "run")
+    ((clipped, parameter_groups),) = seen
+    assert row["loss"] == pytest.approx(row["backbone_loss"] + 0.5 * row["mtp_loss"] + 3 * row["confidence_loss"])
+    assert row["grad_norm"] > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    for group in parameter_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] == 0.3}
+        assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-6)
+    assert {group["weight_decay"] for group in parameter_groups} == {0.3, 0.0}
+
+
 def test_what_is_not_there_is_refused(models, tmp_path, monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds no GPU"):
@@ -259,8 +284,6 @@ def test_what_is_not_there_is_refused(models, tmp_path, monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(models, tmp_path):
-    from pipo.training.trainer import PipoTrainer
-
     class Broken(PipoTrainer):
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)

@@ -59,6 +59,10 @@ def carry_out(run: Callable[[Watch], Summary], as_json: bool) -> None:
             print_json(summary)
         else:
             _print(summary)
+    except KeyboardInterrupt:
+        if distributed.is_main():
+            console().print("Stopped. The same command with --resume goes on from the last checkpoint")
+        raise
     finally:
         distributed.stop()
 

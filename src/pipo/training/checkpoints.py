@@ -50,6 +50,8 @@ class RunState:
     scheduler: Any
     state: Any
     meter: Meter
+    more_sums: Tensor | None = None
+    """Sums of this process since the last report, beside the meter's."""
     engine: Any = None
     """DeepSpeed's, which shares the optimiser's state out and keeps it in files of its own."""
 
@@ -145,6 +147,7 @@ class Checkpoints:
         progress = {
             "scheduler": run.scheduler.state_dict(),
             "sums": sums,
+            "more_sums": None if run.more_sums is None else distributed.add_ranks(run.more_sums).cpu(),
             "random": distributed.gather_objects(_random_state()),
         }
 
@@ -219,6 +222,8 @@ class Checkpoints:
         run.scheduler.load_state_dict(progress["scheduler"])
         if distributed.is_main():  # the sums of all ranks
             run.meter.sums.copy_(progress["sums"])
+            if run.more_sums is not None:
+                run.more_sums.copy_(progress["more_sums"])
 
     def load_random_state(self, path: Path) -> None:
         """Take up this process's random state."""

@@ -88,7 +88,7 @@ class OpdTrainer(PipoTrainer):
         super().__init__(*args, **options)
         self.distillation = distillation
         self.sync = sync
-        self._counts = RolloutCounts().as_tensor()
+        self._counts = RolloutCounts().as_tensor().to(self.args.device)
         if record:
             distillation.rollouts = RecordingRollouts(
                 distillation.rollouts,
@@ -107,7 +107,7 @@ class OpdTrainer(PipoTrainer):
         if self.sync is not None:
             self.sync.bring_up_to_date(step, self.checkpoints.writer)
         texts = self.distillation.roll_out([prompt for batch in batches for prompt in batch], step)
-        self._counts += self.distillation.counts.as_tensor()
+        self._counts += self.distillation.counts.as_tensor().to(self._counts.device)
         if self.settings.run.group_by_length:
             texts.sort(key=lambda text: len(text.slots.ids))
         samples: list[Mapping[str, Any]] = []
@@ -123,10 +123,14 @@ class OpdTrainer(PipoTrainer):
         """Both heads against the teacher, who is asked now: what it says of one micro-batch is all that is kept of it."""
         return self.distillation.objective(inputs["texts"], num_items, self.args.device)
 
+    def extra_sums(self) -> torch.Tensor:
+        """Counts of rollouts since the last report."""
+        return self._counts
+
     def extra_metrics(self) -> Row:
         """What was written since the last report, and what took how long (in the mean over processes)."""
-        counts = distributed.add_ranks(self._counts.to(self.args.device)).cpu()
-        self._counts = RolloutCounts().as_tensor()
+        counts = distributed.add_ranks(self._counts).cpu()
+        self._counts.zero_()
         seconds = self.distillation.take_seconds()
         total = distributed.add_ranks(torch.tensor(list(seconds.values()), device=self.args.device))
         shares = (total / distributed.num_processes()).tolist()

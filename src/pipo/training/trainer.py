@@ -96,6 +96,10 @@ class PipoTrainer(Trainer):
         """Figures beside the usual ones for the step being reported, the same on all ranks. Called on all ranks."""
         return {}
 
+    def extra_sums(self) -> Tensor | None:
+        """The sums of this process that :meth:`extra_metrics` reads, which go into checkpoints and are filled from them."""
+        return None
+
     # --- the loss
 
     def count_items(self, labels: Sequence[Tensor]) -> NumItems:
@@ -206,7 +210,9 @@ class PipoTrainer(Trainer):
 
     def _run_state(self) -> RunState:
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        return RunState(self.model, self.optimizer, self.lr_scheduler, self.state, self.meter, engine)
+        return RunState(
+            self.model, self.optimizer, self.lr_scheduler, self.state, self.meter, self.extra_sums(), engine
+        )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.checkpoints.save(self._run_state())
