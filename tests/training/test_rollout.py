@@ -28,6 +28,7 @@ from pipo.training.rollout import (
     draw_threshold,
     ratios_of_rollout,
     rollout_seed,
+    sampling_of,
     slots_of_rollout,
     stop_ids_of,
 )
@@ -210,6 +211,36 @@ def test_a_text_ends_where_serving_would_end_it(tmp_path: Path):
     found = stop_ids_of(tmp_path, byte_tokenizer())
     assert found == [256, 257, 258]
     assert set(found) == LLM(tmp_path, device="cpu").eos_token_ids
+
+
+# --- settings
+
+
+def test_every_setting_of_the_rollouts_is_one_of_the_draws():
+    """One that is not handed on would leave training off what is served, and show in no loss."""
+    numbers = {"temperature": 0.7, "top_p": 0.8, "top_k": 3, "min_p": 0.1, "presence_penalty": 0.9, "threshold": 0.6}
+    params = sampling_of(settings(**numbers, max_slots=14), seed=5, stop_ids=[7], unwanted=[3, 4])
+    assert {name: getattr(params, name) for name in numbers} == numbers
+    assert (params.max_pairs, params.seed, list(params.stop_token_ids)) == (7, 5, [7])
+    assert params.logit_bias == {3: -100.0, 4: -100.0}
+    assert params.record_pairs
+    ranged = [sampling_of(settings(threshold=(0.1, 0.9)), seed, []).threshold for seed in range(20)]
+    assert len(set(ranged)) == 20
+
+
+def test_presence_counts_what_stands_in_the_text_and_no_rejected_draft():
+    """The probability that each token 1 was drawn with, from the model's own logits less the penalty of what was written before."""
+    model = make_student().eval()
+    for one in roll(model, threshold=1.01, presence_penalty=2.0, top_k=0, top_p=1.0, max_slots=24):
+        slots = slots_of_rollout(one, PAD)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([slots.ids]), return_logits=True).logits[0]
+        start, written = (len(one.prompt_ids) + 1) // 2 - 1, torch.zeros(logits.shape[-1])
+        for index, record in enumerate(one.pairs):
+            drawn = (logits[start + index] - 2.0 * written).log_softmax(-1)[record.token1]
+            assert record.drawn_logprob1 == pytest.approx(float(drawn), abs=1e-3)
+            written[record.token1] = 1
+        assert {record.draft for record in one.pairs} - {record.token1 for record in one.pairs}
 
 
 # --- gates
