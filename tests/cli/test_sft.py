@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 
 
@@ -45,6 +46,28 @@ def test_conversations_become_an_adapter_that_merges(run, recipe, tmp_path):
     assert merged.exit_code == 0, merged.output
     said = run("generate", tmp_path / "run" / "final-merged", "--prompt", "1+1?", "--max-tokens", "4", "--json")
     assert said.exit_code == 0, said.output
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped. The same command with --resume goes on from the last checkpoint"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried.\nMore"),
+            2,
+            "CUDA out of memory. Tried. Lower run.batch_size",
+        ),
+    ],
+)
+def test_what_stops_a_run_is_one_line(run, recipe, monkeypatch, error, status, said):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pipo.training.sft.run_sft", stop)
+    result = run("sft", recipe)
+    assert result.exit_code == status
+    assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
 
 
 def test_what_is_said_for_people_names_the_next_command(run, recipe, tmp_path):

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipo.cli.terminal import console, print_json
-from pipo.errors import ConfigError
+from pipo.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from pipo.training.run import Setup, Summary, Watch
@@ -47,7 +47,13 @@ def need_packages() -> None:
 
 
 def carry_out(run: Callable[[Watch], Summary], as_json: bool) -> None:
-    """Run with a live line on stderr, and print the summary on stdout. Of several processes, the main one talks."""
+    """Run with a live line on stderr, and print the summary on stdout. Of several processes, the main one talks.
+
+    Raises:
+        TrainingError: the device has too little memory. And whatever `run` raises.
+    """
+    import torch
+
     from pipo.training import distributed
 
     try:
@@ -63,6 +69,12 @@ def carry_out(run: Callable[[Watch], Summary], as_json: bool) -> None:
         if distributed.is_main():
             console().print("Stopped. The same command with --resume goes on from the last checkpoint")
         raise
+    except torch.OutOfMemoryError as error:
+        first, *_ = str(error).splitlines()
+        raise TrainingError(
+            f"{first} Lower run.batch_size (and raise run.accumulation), data.max_slots or rollout.max_slots, or turn "
+            "run.gradient_checkpointing on: --plan estimates what a step takes. --resume goes on from the last checkpoint"
+        ) from error
     finally:
         distributed.stop()
 
