@@ -186,3 +186,12 @@ def test_the_mtp_block_of_a_teacher_is_dropped_and_its_weights_are_frozen():
     teacher = LocalTeacherModel(model)
     assert teacher.model.mtp is None
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+def test_a_teacher_computes_in_its_own_dtype_whatever_the_student_does():
+    """Inside the student's autocast a float32 teacher would otherwise give states of bfloat16."""
+    model = LocalTeacherModel(make_teacher())
+    expected, _ = model.targets(ROWS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = model.targets(ROWS)
+    assert torch.equal(found.hidden, expected.hidden)
