@@ -161,6 +161,16 @@ def test_one_process_trains_on_one_gpu(models, tmp_path, monkeypatch):
         distributed.check_strategy(config.run, torch.nn.DataParallel(torch.nn.Linear(1, 1)))
 
 
+def test_a_report_of_several_steps_has_their_mean_losses_and_summed_counts(models, tmp_path):
+    for every in (1, 3):
+        train(settings(models[0], tmp_path / str(every), run={"log_every": every, "max_steps": 3}))
+    (together,), rows = metrics(tmp_path / "3"), metrics(tmp_path / "1")
+    for name in ("loss", "backbone_loss", "mtp_loss", "confidence_loss"):
+        assert together[name] == pytest.approx(sum(row[name] for row in rows) / 3)
+    for name in ("num_tokens", "num_slots"):
+        assert together[name] == sum(row[name] for row in rows)
+
+
 def test_how_a_step_is_split_changes_nothing(models, tmp_path):
     """Losses are means over the positions of the whole step: 4 × 1, 2 × 2 and 1 × 4 examples give the same gradient."""
     rows = {}
