@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole journey of docs/training.md on the demo's tiny world: a teacher's answers, rows, SFT, merge, OPD, merge, the demo's table.
-# On two CPU cores, about 20 minutes. A second start goes on where a first one was stopped.
+# On two CPU cores, about 16 minutes. A second start goes on where a first one was stopped.
 #
 #   recipes/tiny.sh [OUT]        (runs/tiny)
 set -euo pipefail
