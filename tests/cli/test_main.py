@@ -4,13 +4,28 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from pipo.cli.terminal import print_json
 from pipo.errors import RequestError
 
-COMMANDS = ["demo", "generate", "chat", "info", "init", "export"]
+COMMANDS = [
+    "demo",
+    "generate",
+    "chat",
+    "serve",
+    "info",
+    "init",
+    "export",
+    "merge",
+    "fetch",
+    "data",
+    "sft",
+    "opd",
+    "bench",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -87,9 +102,10 @@ def test_json_has_null_for_what_is_no_number(capsys):
 
 def test_ctrl_c_ends_a_command_quietly(pipo_folder):
     command = [sys.executable, "-m", "pipo", "chat", str(pipo_folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as chat:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # A shell's background jobs ignore Ctrl-C, and so would their children: tests that run there, too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=heed) as chat:
         said = [chat.stderr.readline() for _ in range(4)]
         assert "/quit" in said[-1]
         chat.send_signal(signal.SIGINT)

@@ -45,7 +45,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """> 0. Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off."""
     seed: int | None = None
-    """The same seed gives the same tokens, alone or in any batch. `None`: the engine draws one."""
+    """The same seed gives the same tokens, alone or in any batch (in float32; products of narrower weights may round otherwise in a
+    batch of another size). `None`: the engine draws one."""
     stop: str | Sequence[str] = ()
     """Strings that end the text, which is cut before them. Kept as a tuple."""
     stop_token_ids: Sequence[int] = ()
