@@ -168,6 +168,11 @@ def test_nothing_that_may_stay_is_said(run, tmp_path):
             ["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "http://x", "--regex", "a"],
             "there is no --regex",
         ),
+        (
+            ["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "http://x", "--method", "regular"],
+            "--method: of the engine here",
+        ),
+        (["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--max-retries", "2"], "need --endpoint"),
         (["rollout", "q.jsonl", "-o", "r.jsonl", "--model", "m", "--endpoint", "x:80/v1"], "http://teacher:8000/v1"),
         (["rollout", "q.jsonl", "-o", ".", "--model", "m"], "is no file"),
         (["sft", "q.jsonl", "-o", "rows.parquet"], "ends in .jsonl"),

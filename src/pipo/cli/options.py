@@ -142,6 +142,12 @@ def takes_engine(command: Command) -> Command:
     return _takes(command, "engine", ENGINE_OPTIONS)
 
 
+def chosen_engine_options(engine: dict[str, Any]) -> list[str]:
+    """The engine options that have another value than their default, as they are typed."""
+    changed = [option.name for option in ENGINE_OPTIONS if engine[option.name] != option.default]
+    return [f"--{name.replace('_', '-')}" for name in changed]
+
+
 def sampling_params(sampling: dict[str, Any], **more: Any) -> SamplingParams:
     """The `SamplingParams` of option values, `more` on top.
 

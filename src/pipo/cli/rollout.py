@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipo.cli.graders import open_named_graders
-from pipo.cli.options import open_engine, sampling_params, takes_engine, takes_sampling
+from pipo.cli.options import chosen_engine_options, open_engine, sampling_params, takes_engine, takes_sampling
 from pipo.cli.terminal import console, print_bad_rows, print_json, working
 from pipo.errors import ConfigError, DataError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 30.0
 """Between lines of progress where stderr is no terminal."""
+MAX_REQUESTS, TIMEOUT_S, MAX_RETRIES = 64, 3600.0, 5
 ENGINE_ONLY = ("logit_bias", "json_schema", "regex", "grammar")
 
 
@@ -61,14 +62,14 @@ def rollout(
     subset: Annotated[str | None, typer.Option(help="Of a dataset.", metavar="NAME")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset.", metavar="NAME")] = "train",
     concurrency: Annotated[int, typer.Option(help="Questions in flight.")] = 16,
-    max_requests: Annotated[int, typer.Option(help="With --endpoint: requests at the same time.")] = 64,
-    timeout_s: Annotated[float, typer.Option(help="With --endpoint: seconds for one request.")] = 3600.0,
+    max_requests: Annotated[int, typer.Option(help="With --endpoint: requests at the same time.")] = MAX_REQUESTS,
+    timeout_s: Annotated[float, typer.Option(help="With --endpoint: seconds for one request.")] = TIMEOUT_S,
     max_retries: Annotated[
         int,
         typer.Option(
             help="With --endpoint: tries after a failure, with growing waits, before the sample counts as failed."
         ),
-    ] = 5,
+    ] = MAX_RETRIES,
     template_option: Annotated[
         list[str],
         typer.Option(help="With --endpoint: an option of the chat template. May be repeated.", metavar="NAME=JSON"),
@@ -100,6 +101,13 @@ def rollout(
     from pipo.data.sources import open_questions
     from pipo.data.writing import place_of
 
+    if endpoint is None:
+        limits = (max_requests, timeout_s, max_retries) != (MAX_REQUESTS, TIMEOUT_S, MAX_RETRIES)
+        _refuse_server_options(bool(template_option), limits)
+    elif chosen := chosen_engine_options(engine):
+        raise ConfigError(
+            f"{', '.join(chosen)}: of the engine here, which --endpoint leaves out; the server has its own"
+        )
     place_of(out)
     params = sampling_params({**sampling, "seed": None})
     questions = open_questions(source, kind=kind, split=split, subset=subset)
@@ -114,8 +122,6 @@ def rollout(
     about = {"source": source, "kind": kind, "subset": subset, "split": split, "num_questions": total}
     generator: Generator
     if endpoint is None:
-        if template_option:
-            raise ConfigError("--template-option needs --endpoint; the engine here uses the template as it is")
         generator, found = _open_engine_generator(model, engine, params, questions)
     else:
         generator, found = (
@@ -135,6 +141,15 @@ def rollout(
     wanted = itertools.islice(questions, num_questions)
     _run(wanted, generator, graders, out, settings, progress, about)
     _report(source, questions, progress, out, as_json)
+
+
+def _refuse_server_options(template: bool, limits: bool) -> None:
+    if template:
+        raise ConfigError("--template-option needs --endpoint; the engine here uses the template as it is")
+    if limits:
+        raise ConfigError(
+            "--max-requests, --timeout-s and --max-retries need --endpoint; the engine here asks no server"
+        )
 
 
 def _run(
