@@ -109,6 +109,9 @@ def test_sizes_that_can_t_be_are_refused() -> None:
         TrainBench("tiny", slots=7)
     with pytest.raises(ConfigError, match="there is no shape 'huge'"):
         TrainBench("huge")
+    for opds in ({"teacher_shape": "tiny"}, {"mode": "full"}):  # they would be read and change nothing
+        with pytest.raises(ConfigError, match="choose stage opd"):
+            TrainBench("tiny", **opds)
 
 
 def test_a_step_that_dies_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

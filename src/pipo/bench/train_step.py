@@ -59,6 +59,10 @@ class TrainBench:
             shape_config(name)
         if self.slots < 4 or self.slots % 2:
             raise ConfigError(f"slots must be an even number of at least 4, got {self.slots}")
+        if self.stage == "sft" and (self.teacher_shape is not None or self.mode != "topk"):
+            raise ConfigError(
+                "teacher shape and divergence are OPD's, and SFT has neither: choose stage opd, or leave them out"
+            )
         if self.batch < 1:
             raise ConfigError(f"batch must be at least 1, got {self.batch}")
         if self.device == "cuda" and not torch.cuda.is_available():
