@@ -22,4 +22,6 @@ if __name__ == "__main__":
     run_opd(
         make_config(world, out / "fsdp2", run={**run, "strategy": "fsdp2"}, teacher={"shard": True}, rollout=server)
     )
+    # Leave together: nobody goes while another may still talk to it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
