@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipo.cli.terminal import console
+from pipo.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True, help="Studies on the demo's world: training, measuring, and the page that says what came out."
@@ -23,6 +24,14 @@ def _group() -> None:
 def study_gate(
     out: Annotated[Path, typer.Option(help="Folder for all that the study makes.")] = Path("pipo-study-gate"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, 2, … Each is trained from nothing.")] = 3,
+    only_seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Work on this seed alone and write no page: a process for each seed shares the study among cores. "
+            "Give the command without it afterwards.",
+        ),
+    ] = None,
     page: Annotated[
         Path | None,
         typer.Option(help="Folder for the page, its plots and its figures (gate.md, gate.json).", show_default="--out"),
@@ -37,6 +46,12 @@ def study_gate(
     on where it was when the same command is given again.
     """
     from pipo.demo.study.plan import FULL, QUICK
-    from pipo.demo.study.run import main
+    from pipo.demo.study.run import main, work_on_seed
 
-    main(out, seeds, QUICK if quick else FULL, console(stderr=False, wrap=True), page)
+    study, terminal = QUICK if quick else FULL, console(stderr=False, wrap=True)
+    if only_seed is None:
+        main(out, seeds, study, terminal, page)
+        return
+    if page is not None:
+        raise ConfigError("--page: --only-seed writes no page; give the command without it afterwards")
+    work_on_seed(out, only_seed, study, terminal)

@@ -23,7 +23,6 @@ MODEL_NAMES = {
     "opd-draft": "OPD, draft + plausible inside",
     "sft-long": "SFT, as many steps as SFT + OPD",
     "sft-pad25": "SFT, PAD ratio ≤ 0.25",
-    "sft-pad0": "SFT, no PADs",
 }
 OWN_GATES = {
     "sft": "own: learned p(label), the paper's in SFT",
@@ -31,7 +30,6 @@ OWN_GATES = {
     "opd-draft": "own: sees the draft, learned plausible",
     "sft-long": "own: learned p(label)",
     "sft-pad25": "own: learned p(label)",
-    "sft-pad0": "own: learned p(label)",
 }
 PLOTTED = ("sft", "opd")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,25 +43,50 @@ def main(out: Path, num_seeds: int, study: Study, console: Console, page: Path |
     """Does what is left of the study in `out`, and writes what it found into `page` (by default `out`).
 
     Raises:
-        ConfigError: `out` holds a study with other settings.
+        ConfigError: `out` holds a study with other settings, or another process works on one of its seeds.
+    """
+    for seed in range(num_seeds):
+        work_on_seed(out, seed, study, console)
+    results, page = summarise(out, study, num_seeds), page or out
+    write_page(results, page)
+    console.print(f"[bold]{page / 'gate.md'}[/bold]")
+
+
+def work_on_seed(out: Path, seed: int, study: Study, console: Console) -> None:
+    """Does what is left of one seed's work in `out`. Several processes may each work on a seed of their own.
+
+    Raises:
+        ConfigError: as :func:`main`.
     """
     _claim_folder(study, out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models are too small to share
     try:
-        units = [unit for seed in range(num_seeds) for unit in units_of_seed(study, out, seed)]
-        for index, unit in enumerate(units, 1):
-            if unit.done():
-                continue
-            place = f"{index}/{len(units)} {unit.title}"
-            with console.status(place) as status:
-                unit.work(partial(_show, status, place))
-            console.print(place)
+        with _alone(seed_folder(out, seed)):
+            units = list(units_of_seed(study, out, seed))
+            for index, unit in enumerate(units, 1):
+                if unit.done():
+                    continue
+                place = f"{index}/{len(units)} {unit.title}"
+                with console.status(place) as status:
+                    unit.work(partial(_show, status, place))
+                console.print(place)
     finally:
         torch.set_num_threads(threads)
-    results, page = summarise(out, study, num_seeds), page or out
-    write_page(results, page)
-    console.print(f"[bold]{page / 'gate.md'}[/bold]")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a seed's folder against other processes. The lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder} is being worked on by another process: wait for it, or name another seed"
+            ) from error
+        yield
 
 
 def _show(status: Status, place: str, text: str) -> None:
@@ -160,10 +187,12 @@ def _claim_folder(study: Study, out: Path) -> None:
     path = out / "study.json"
     wanted = json.loads(json.dumps({**study.as_json(), "fit": fit_settings(study).model_dump()}))
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(not found.name.startswith("study.") for found in out.iterdir()):
             raise ConfigError(f"{out} holds other files and no study: name another folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1) + "\n")
+        written = path.with_suffix(f".{os.getpid()}")  # two seeds may be started at once
+        written.write_text(json.dumps(wanted, indent=1) + "\n")
+        os.replace(written, path)
         return
     found = json.loads(path.read_text())
     changed = [name for name in wanted if found.get(name) != wanted[name]]
