@@ -66,9 +66,10 @@ PAD_MODELS = {0.25: "sft-pad25", 1.0: "sft"}
 
 @dataclass(frozen=True, slots=True)
 class StudyRecipe(Recipe):
-    """The demo's model, world and steps, with twice its worked solutions and stages of its own."""
+    """The demo's model and world, with twice its worked solutions, less OPD and stages of its own."""
 
     num_fixed_solutions: int = 16384
+    opd_steps: int = 600
 
     @property
     def stages(self) -> tuple[Stage, ...]:
