@@ -15,19 +15,20 @@ FOUNDATION = {"errors", "pairing"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "pairing": {"errors"},
+    "pair_memory": {"pairing"},
     "reliability": set(),
     "losses": FOUNDATION,
     "model": FOUNDATION | {"losses"},
     "run_record": set(),
     "reference": FOUNDATION | {"losses", "model"},
     "data": FOUNDATION | {"losses", "model"},
-    "engine": FOUNDATION | {"losses", "model", "data"},
+    "engine": FOUNDATION | {"losses", "model", "data", "pair_memory"},
     "training": FOUNDATION | {"losses", "model", "data", "run_record", "reliability"},
     "server": FOUNDATION | {"losses", "model", "data", "engine", "training"},
     "evaluation": FOUNDATION | {"data", "engine", "run_record", "reliability"},
     "bench": FOUNDATION | {"losses", "model", "data", "engine", "training", "run_record"},
     "demo": FOUNDATION | {"losses", "model", "data", "engine", "training", "evaluation", "run_record", "reliability"},
-    "integrations": FOUNDATION | {"model"},
+    "integrations": FOUNDATION | {"losses", "model", "pair_memory"},
     "cli": FOUNDATION
     | {"losses", "model", "reference", "data", "engine", "training", "server", "evaluation", "bench", "demo"}
     | {"run_record"},

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, VOCAB, pipo_model
 from pipo import LLM, SamplingParams
 from pipo.engine import runner
-from pipo.engine.prefix import PairMemory
+from pipo.pair_memory import PairMemory
 from pipo.pairing import Pair, tokens_from_pairs
 
 MEBIBYTE = 2**20

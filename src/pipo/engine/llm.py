@@ -23,7 +23,6 @@ from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
 from pipo.engine.loading import accept_model, cache_budget, copy_weights, generation_defaults, load_model
-from pipo.engine.prefix import PairMemory
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
@@ -34,6 +33,7 @@ from pipo.model.config import DEFAULT_THRESHOLD
 from pipo.model.files import find_checkpoint
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import derive_seed
+from pipo.pair_memory import PairMemory
 
 BASELINES: dict[str, type[BaseRunner]] = {"regular": RegularRunner, "mtp": MtpRunner, "speculative": SpeculativeRunner}
 Prompt = str | Mapping[str, Any] | Seq[Mapping[str, Any]]

@@ -1,20 +1,16 @@
-"""What the engine remembers of finished work: caches of prompt prefixes, and how replies were paired.
+"""What the engine remembers of finished work: caches of prompt prefixes. How replies were paired is in `pipo.pair_memory`.
 
-*Prefix cache.* An entry holds the keys and values of `n` pairs, and linear-attention states at some of the positions up to `n`. A new
+An entry holds the keys and values of `n` pairs, and linear-attention states at some of the positions up to `n`. A new
 prompt may go on from position `m` of an entry when its first `m` pairs are the entry's **and** the token 1 of its pair `m` is too:
 the MTP block's entry `m-1` was computed from that token. So what is reused is exactly what would have been computed.
 Keys and values can be cropped to any `m`; states can't, so there `m` must be a position that was kept: the end of an entry, or a
 point where an earlier prompt was found to branch off.
-
-*Pair memory.* A reply is read again, as part of the next turn's prompt, in the pairs in which it was written. Without that the
-pairing of the two would part at the first rejected draft.
 
 Shape legend: N key-value heads, L positions, D head width.
 """
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipo.model.row_state import RowState, States
-from pipo.pairing import Pair, pairs_from_tokens
+from pipo.pairing import Pair
 
 Keys = npt.NDArray[np.int64]
 
@@ -137,41 +133,3 @@ class PrefixCache:
 
     def _drop(self, key: int) -> None:
         self.num_bytes -= self._entries.pop(key).num_bytes
-
-
-class PairMemory:
-    """How replies were paired, for at most `max_tokens` remembered tokens; the oldest are forgotten first. Any thread may use it."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._lock = threading.Lock()
-        self._texts: OrderedDict[tuple[int, ...], list[Pair]] = OrderedDict()
-        self._num_tokens = 0
-
-    def remember(self, prompt_pairs: Sequence[Pair], reply_pairs: Sequence[Pair]) -> None:
-        """Keep the pairing of a finished text. Its last pair is left out: the next turn may complete it."""
-        pairs = [*prompt_pairs, *reply_pairs[:-1]]
-        if all(pair.token2 is not None for pair in pairs):
-            return  # what packing two by two gives anyway
-        tokens = tuple(token for pair in pairs for token in pair if token is not None)
-        with self._lock:
-            if len(tokens) > self.max_tokens or tokens in self._texts:
-                return
-            self._texts[tokens] = pairs
-            self._num_tokens += len(tokens)
-            while self._num_tokens > self.max_tokens:
-                forgotten, _ = self._texts.popitem(last=False)
-                self._num_tokens -= len(forgotten)
-
-    def pack(self, tokens: Sequence[int]) -> list[Pair]:
-        """Pairs of a prompt: as remembered as far as the longest remembered text goes, then two by two."""
-        prompt = tuple(tokens)
-        best: tuple[int, ...] = ()
-        with self._lock:
-            for text in self._texts:
-                if len(best) < len(text) < len(prompt) and prompt[: len(text)] == text:
-                    best = text
-            if not best:
-                return pairs_from_tokens(prompt)
-            self._texts.move_to_end(best)
-            return [*self._texts[best], *pairs_from_tokens(prompt[len(best) :])]

@@ -45,10 +45,15 @@ def load_config(folder: Path) -> PipoConfig:
             "PipoForCausalLM.from_base or `pipo init`"
         )
     with reading_config(folder / "config.json"):
-        config = cast(PipoConfig, PipoConfig.from_dict(raw)) if layout == "pipo" else _reference_config(raw)
+        config = pipo_config_of(raw)
     if config.text_config is None:
         raise CheckpointError(f"{folder / 'config.json'} has no text_config, the backbone's own config")
     return config
+
+
+def pipo_config_of(raw: dict[str, Any]) -> PipoConfig:
+    """From the fields of a PIPO checkpoint's `config.json`, in either layout."""
+    return cast(PipoConfig, PipoConfig.from_dict(raw)) if layout_of(raw) == "pipo" else _reference_config(raw)
 
 
 def read_gate(folder: Path) -> dict[str, Any]:
