@@ -53,7 +53,7 @@ _MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_interme
 _SLIDING = ["sliding_attention", "full_attention"] * 2
 
 
-def config_of(family: str) -> PreTrainedConfig:
+def config_of(family: str, **changes: Any) -> PreTrainedConfig:
     """A tiny config; sliding windows are 8 positions, so that short texts reach beyond twice the window."""
     makers: dict[str, Any] = {
         "qwen3_5": lambda: Qwen3_5TextConfig(**_LINEAR),
@@ -79,7 +79,9 @@ def config_of(family: str) -> PreTrainedConfig:
         ),
         "cohere2": lambda: Cohere2Config(**_HEAD, logit_scale=0.3, sliding_window=WINDOW, layer_types=_SLIDING),
     }
-    return makers[family]()
+    config: PreTrainedConfig = makers[family]()
+    config.update(changes)
+    return config
 
 
 FAMILIES = [
@@ -88,7 +90,7 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-def _shake(model: torch.nn.Module, seed: int) -> None:
+def shake(model: torch.nn.Module, seed: int) -> None:
     """Move every weight away from its start, so that no part is a zero or a copy, and logits differ clearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -100,15 +102,16 @@ def _shake(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def pipo_model(family: str, compressor: str = "mlp", seed: int = 0) -> PipoForCausalLM:
+def pipo_model(family: str, compressor: str = "mlp", seed: int = 0, gate: str = "hidden", **changes: Any) -> PipoForCausalLM:
     torch.manual_seed(seed)
-    model = PipoForCausalLM(PipoConfig(config_of(family), compressor_type=compressor))
-    _shake(model, seed)
+    config = PipoConfig(config_of(family, **changes), compressor_type=compressor, confidence_features=gate)
+    model = PipoForCausalLM(config)
+    shake(model, seed)
     return model.eval()
 
 
 def base_model(family: str, seed: int = 0) -> BaseForCausalLM:
     torch.manual_seed(seed)
     model = BaseForCausalLM.from_config(config_of(family))
-    _shake(model, seed)
+    shake(model, seed)
     return model.eval()
