@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test train-tiny test-clients test-load lint types docs clean
+.PHONY: demo test train-tiny test-clients test-load test-sglang lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
@@ -35,6 +35,13 @@ test-clients: $(DEV) $(CLIENTS)
 # A load generator, for time to first token and per token. Its environment takes 1.2 GB.
 test-load: $(DEV) .venvs/load/.installed
 	$(BIN)/python tests/clients/run.py evalscope
+
+# The plugin in stock SGLang, on this machine's CPU. Its environment takes 3 GB.
+SGLANG := .venvs/sglang
+SGLANG_PIP := $(SGLANG)/bin/python -m pip install --disable-pip-version-check --quiet
+
+test-sglang: $(SGLANG)/.installed-ours
+	$(SGLANG)/bin/python -m pytest -c tests/sglang/pytest.ini --rootdir tests/sglang tests/sglang $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -66,6 +73,19 @@ $(DEV): $(CORE)
 	@echo "Installing into .venvs/$*"
 	$(BIN)/python -m venv --clear .venvs/$*
 	.venvs/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+$(SGLANG)/.installed: tests/sglang/requirements.txt constraints.txt | $(BIN)/python
+	@echo "Installing into $(SGLANG) (torch first: this takes some minutes)"
+	$(BIN)/python -m venv --clear $(SGLANG)
+	$(SGLANG_PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(SGLANG_PIP) --no-deps -r $<
+	@touch $@
+
+# PIPO itself, and what SGLang lacks on a CPU.
+$(SGLANG)/.installed-ours: $(SGLANG)/.installed pyproject.toml $(shell find tests/sglang/cpu -name '*.p*' -not -name '*.pyc')
+	$(SGLANG_PIP) --no-deps --force-reinstall ./tests/sglang/cpu
+	$(SGLANG_PIP) --no-deps -e .
 	@touch $@
 
 clean:

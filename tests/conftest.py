@@ -7,3 +7,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+# These need SGLang, which lives in an environment of its own: `make test-sglang`.
+collect_ignore = ["sglang"]

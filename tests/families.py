@@ -102,7 +102,9 @@ def shake(model: torch.nn.Module, seed: int) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def pipo_model(family: str, compressor: str = "mlp", seed: int = 0, gate: str = "hidden", **changes: Any) -> PipoForCausalLM:
+def pipo_model(
+    family: str, compressor: str = "mlp", seed: int = 0, gate: str = "hidden", **changes: Any
+) -> PipoForCausalLM:
     torch.manual_seed(seed)
     config = PipoConfig(config_of(family, **changes), compressor_type=compressor, confidence_features=gate)
     model = PipoForCausalLM(config)

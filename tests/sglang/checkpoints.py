@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
 from byte_tokenizer import save_tokenizer
 from families import config_of, pipo_model, shake
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-
 from pipo import PipoForCausalLM, reference
 
 VOCAB, PAD, EOS = 259, 256, 258

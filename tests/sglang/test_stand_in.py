@@ -4,6 +4,7 @@ Every other test here rests on this one: where it fails, look at `cpu/`, not at 
 """
 
 import pytest
+
 from checkpoints import expected_regular, prompt, save_regular
 from servers import KEEPING_STATES, serving
 

@@ -18,9 +18,10 @@ def load() -> None:
     """
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
-    import sgl_kernel  # noqa: F401  (its import registers the operators)
     from sglang.kernels.ops.attention.fla import layernorm_gated
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    import sgl_kernel  # noqa: F401  (its import registers the operators)
 
     # SGLang asks for AMX here, and would run Triton without it.
     layernorm_gated._use_cpu = True
