@@ -37,9 +37,9 @@ class Hook:
 
 def table() -> tuple[Hook, ...]:
     """All hooks. The modules that they live in import SGLang, so they are imported here."""
-    from pipo.integrations.sglang import config, forward, output, requests, rows, step
+    from pipo.integrations.sglang import config, output, requests, rows, step
 
-    return (*config.HOOKS, *requests.HOOKS, *output.HOOKS, *rows.HOOKS, *forward.HOOKS, *step.HOOKS)
+    return (*config.HOOKS, *requests.HOOKS, *output.HOOKS, *rows.HOOKS, *step.HOOKS)
 
 
 def register() -> None:

@@ -1,7 +1,9 @@
 """A pair as one int64 token, which is what SGLang's scheduler, prefix tree and buffers carry.
 
-`id = token1 << 20 | (token2 + 1)`; the low field is 0 where the second slot is filler. So filler is a flag here too, and every id is
-non-negative, as the prefix tree wants.
+`id = (next + 1) << 40 | token1 << 20 | (token2 + 1)`. The low field is 0 where the second slot is filler: so filler is a flag here too.
+The high field names token 1 of the pair that follows, and is 0 as long as that is not known. The MTP block's keys and values at a pair
+are computed from it, so with it an id tells everything that a pair's cache entries were computed from, and the prefix tree, whose keys
+are ids, shares what is equal and nothing else. Every id is non-negative, as the tree wants.
 
 Works alike on ints and on int64 tensors. Shape legend: N pairs, in whatever shape they come.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pipo.errors import UnsupportedModelError
@@ -20,10 +23,11 @@ if TYPE_CHECKING:
 
 FIELD_BITS = 20
 _FIELD = (1 << FIELD_BITS) - 1
+_PAIR = (1 << 2 * FIELD_BITS) - 1
 MAX_VOCAB_SIZE = _FIELD
 """Entries of the largest vocabulary that fits."""
 NO_TOKEN = -1
-"""What :func:`token2` gives for filler."""
+"""What :func:`token2` gives for filler, and :func:`next_token1` where it is not known."""
 
 
 def refuse_vocabulary(vocab_size: int) -> None:
@@ -34,7 +38,7 @@ def refuse_vocabulary(vocab_size: int) -> None:
 
 def token1(ids: Any) -> Any:
     """First tokens of pair ids."""
-    return ids >> FIELD_BITS
+    return (ids >> FIELD_BITS) & _FIELD
 
 
 def token2(ids: Any) -> Any:
@@ -42,8 +46,13 @@ def token2(ids: Any) -> Any:
     return (ids & _FIELD) - 1
 
 
+def next_token1(ids: Any) -> Any:
+    """First tokens of the pairs that follow, `NO_TOKEN` where they are not known."""
+    return (ids >> 2 * FIELD_BITS) - 1
+
+
 def pair_id(first: int, second: int | None) -> int:
-    """The id of a pair."""
+    """The id of a pair, whose next is not known yet."""
     return first << FIELD_BITS | (0 if second is None else second + 1)
 
 
@@ -53,9 +62,17 @@ def pair_of(one: int) -> Pair:
     return Pair(token1(one), None if second == NO_TOKEN else second)
 
 
+def followed_by(one: int, first: int) -> int:
+    """The id of the same pair, before one whose token 1 is `first`."""
+    return (first + 1) << 2 * FIELD_BITS | one & _PAIR
+
+
 def ids_of(pairs: Iterable[Pair]) -> array[int]:
-    """Ids of pairs, in the type that SGLang keeps token ids in."""
-    return array("q", (pair_id(first, second) for first, second in pairs))
+    """Ids of a text's pairs, in the type that SGLang keeps token ids in. What follows the last is not known."""
+    ids = array("q", (pair_id(first, second) for first, second in pairs))
+    for index, (one, following) in enumerate(pairwise(ids)):
+        ids[index] = followed_by(one, token1(following))
+    return ids
 
 
 def tokens_of(ids: Iterable[int]) -> list[int]:

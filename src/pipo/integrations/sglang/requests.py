@@ -55,6 +55,19 @@ def around_init(init: Callable[..., None], req: Any, *args: Any, **kwargs: Any) 
     init(req, **given)
 
 
+def settle(req: Any, start: int) -> None:
+    """Now that pairs from `start` on are written, tell each pair before one of them what followed it.
+
+    SGLang enters a pair into its prefix tree once the next is known, so that the tree's key is the whole id.
+    """
+    num_prompt = len(req.origin_input_ids)
+    for index in range(start, len(req.output_ids)):
+        ids, at = (req.output_ids, index - 1) if index else (req.origin_input_ids, num_prompt - 1)
+        ids[at] = pair_ids.followed_by(ids[at], pair_ids.token1(req.output_ids[index]))
+        if num_prompt + index <= len(req.full_untruncated_fill_ids):  # SGLang's copy of prompt and reply
+            req.full_untruncated_fill_ids[num_prompt + index - 1] = ids[at]
+
+
 @contextmanager
 def as_tokens(req: Any) -> Iterator[PairRequest]:
     """The request's fields in tokens instead of pairs, as long as this lasts."""
@@ -80,6 +93,7 @@ def around_update_finish_state(update: Callable[..., None], req: Any, new_accept
         return
     if req.finished():
         return
+    settle(req, req.pairs.num_read)
     num_new = req.pairs.read(req.output_ids)
     with as_tokens(req):
         update(req, num_new)

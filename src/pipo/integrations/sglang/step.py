@@ -40,10 +40,9 @@ def run_mtp(runner: Any, forward_batch: Any, hidden_NH: Tensor, token1_R: Tensor
         next_N, last_R = token1_R, None
     else:
         last_R = forward_batch.extend_seq_lens.cumsum(0) - 1
-        next_N = pair_ids.token1(forward_batch.input_ids).roll(-1)
-        next_N[last_R] = token1_R
-        for row, token in forward_batch.pipo_given:
-            next_N[last_R[row]] = token
+        next_N = pair_ids.next_token1(forward_batch.input_ids)
+        given_R = next_N[last_R]  # known where a part of a prompt was read that goes on
+        next_N[last_R] = torch.where(given_R == pair_ids.NO_TOKEN, token1_R, given_R)
     with forward_context(ForwardContext(attn_backend=runner.attn_backend), forward_batch=forward_batch):
         mtp_hidden_NH = runner.model.draft(next_N, hidden_NH, forward_batch.positions, forward_batch)
     return (hidden_NH, mtp_hidden_NH) if last_R is None else (hidden_NH[last_R], mtp_hidden_NH[last_R])
