@@ -37,9 +37,10 @@ class Hook:
 
 def table() -> tuple[Hook, ...]:
     """All hooks. The modules that they live in import SGLang, so they are imported here."""
-    from pipo.integrations.sglang import config, output, requests, rows, step
+    from pipo.integrations.sglang import config, grammar, logprobs, output, penalties, requests, rows, step
 
-    return (*config.HOOKS, *requests.HOOKS, *output.HOOKS, *rows.HOOKS, *step.HOOKS)
+    own = (config, requests, output, penalties, rows, step, logprobs, grammar)
+    return tuple(hook for module in own for hook in module.HOOKS)
 
 
 def register() -> None:

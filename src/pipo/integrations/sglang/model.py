@@ -91,6 +91,7 @@ class PipoForCausalLM(nn.Module):
         `input_ids [N]`: pair ids.
         """
         slots_N2 = pair_ids.slots(input_ids, self.config.pipo_pad_id)
+        slots_N2 = slots_N2.clamp(max=self.config.vocab_size - 1)  # a row that is being ended holds an id that is none
         embeddings_TH = self.model.embed_tokens(slots_N2.flatten())
         latents_NH = self.compressor(embeddings_TH[None])[0]
         hidden_NH = self.model(input_ids, positions, forward_batch, latents_NH)

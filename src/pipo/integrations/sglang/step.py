@@ -1,21 +1,27 @@
 """The pair step, around SGLang's sampling: token 1 by SGLang as ever, MTP block, gate, token 2, and the pair's id. Section 3.3.
 
+Nothing here waits for the device, with two exceptions: rows that a grammar limits (:mod:`.grammar`), and on a CPU the look at the gate.
+
 Shape legend: N pairs of all requests, one after the other (one each when decoding); R requests; H width; V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from pipo.integrations.sglang import pair_ids
+from pipo.integrations.sglang import grammar, pair_ids
 from pipo.integrations.sglang.hooks import Hook
-from pipo.integrations.sglang.serving import served
+from pipo.integrations.sglang.logprobs import join_logprobs
+from pipo.integrations.sglang.serving import current, served
 from pipo.losses.draft import draft_features
 from pipo.pairing import accept
 
@@ -26,26 +32,61 @@ def around_sample(sample: Sample, runner: Any, logits_output: Any, forward_batch
     """Pair ids, int64 `[R]`, in the place of the next tokens."""
     if served() is None:
         return sample(runner, logits_output, forward_batch)
-    hidden_NH = logits_output.hidden_states
-    logits_output.hidden_states = None
-    token1_R = sample(runner, logits_output, forward_batch).long()
-    hidden_RH, mtp_hidden_RH = run_mtp(runner, forward_batch, hidden_NH, token1_R)
-    draft = write_draft(sample, runner, forward_batch, hidden_RH, mtp_hidden_RH, token1_R)
-    return pair_ids.join(token1_R, draft.token_R, draft.committed_R)
+    hidden_NH, logits_output.hidden_states = logits_output.hidden_states, None
+    last_R = None if forward_batch.forward_mode.is_decode() else forward_batch.extend_seq_lens.cumsum(0) - 1
+    hidden_RH = hidden_NH if last_R is None else hidden_NH[last_R]
+    finite_R = hidden_RH.isfinite().all(-1)
+    logits_output.next_token_logits.masked_fill_(~finite_R[:, None], 0)  # which sampling would fall over
+
+    draws = Draws(sample, runner, forward_batch)
+    token1_R = draws(logits_output, slot=0)
+    mtp_hidden_RH = run_mtp(runner, forward_batch, hidden_NH, token1_R, last_R)
+    draft = write_draft(draws, hidden_RH, mtp_hidden_RH, token1_R)
+    join_logprobs(logits_output, draft.output)
+    ids_R = pair_ids.join(token1_R, draft.token_R, draft.committed_R)
+    # SGLang ends a request at an id that is none; its neighbours go on.
+    ids_R = torch.where(finite_R, ids_R, pair_ids.pair_id(current().vocab_size, None))
+    # Where SGLang makes the ranks agree on tokens, they agree on the gate too.
+    runner.sampler._sync_token_ids_across_tp(ids_R, forward_batch.sampling_info)
+    return ids_R
 
 
-def run_mtp(runner: Any, forward_batch: Any, hidden_NH: Tensor, token1_R: Tensor) -> tuple[Tensor, Tensor]:
-    """`h` and `d` of each request's last pair, `[R, H]` both; fills the MTP block's cache at every pair that was read."""
-    if forward_batch.forward_mode.is_decode():
-        next_N, last_R = token1_R, None
-    else:
-        last_R = forward_batch.extend_seq_lens.cumsum(0) - 1
+class Draws:
+    """SGLang's own sampling, with penalties of pairs, once for each slot of a pair."""
+
+    def __init__(self, sample: Sample, runner: Any, forward_batch: Any) -> None:
+        self.runner, self.forward_batch = runner, forward_batch
+        self.rows = forward_batch.sampling_info.pairs
+        self._sample = sample
+
+    def __call__(self, output: Any, slot: int) -> Tensor:
+        """Token ids, int64 `[R]`, from logits that are used up; with log-probabilities in `output` where somebody asks."""
+        self.rows.penalties.apply_(output.next_token_logits)
+        return self._sample(self.runner, output, self._at(slot)).long()
+
+    def _at(self, slot: int) -> Any:
+        """The batch as a seeded draw is to see it: each slot of a text is a position of its own."""
+        if self.forward_batch.sampling_info.sampling_seed is None:
+            return self.forward_batch
+        view = copy(self.forward_batch)
+        view.forward_mode = ForwardMode.DECODE  # where SGLang takes positions as they are
+        view.positions = 2 * self.forward_batch.seq_lens + slot
+        return view
+
+
+def run_mtp(runner: Any, forward_batch: Any, hidden_NH: Tensor, token1_R: Tensor, last_R: Tensor | None) -> Tensor:
+    """`d [R, H]` of each request's last pair, which is at `last_R` (`None`: each has one). Fills the MTP block's cache at every pair.
+
+    Also where no draft can be committed: a request that does commit may share these pairs later.
+    """
+    next_N = token1_R
+    if last_R is not None:
         next_N = pair_ids.next_token1(forward_batch.input_ids)
         given_R = next_N[last_R]  # known where a part of a prompt was read that goes on
         next_N[last_R] = torch.where(given_R == pair_ids.NO_TOKEN, token1_R, given_R)
     with forward_context(ForwardContext(attn_backend=runner.attn_backend), forward_batch=forward_batch):
-        mtp_hidden_NH = runner.model.draft(next_N, hidden_NH, forward_batch.positions, forward_batch)
-    return (hidden_NH, mtp_hidden_NH) if last_R is None else (hidden_NH[last_R], mtp_hidden_NH[last_R])
+        mtp_hidden_NH: Tensor = runner.model.draft(next_N, hidden_NH, forward_batch.positions, forward_batch)
+    return mtp_hidden_NH if last_R is None else mtp_hidden_NH[last_R]
 
 
 class Draft(NamedTuple):
@@ -53,21 +94,53 @@ class Draft(NamedTuple):
 
     token_R: Tensor
     committed_R: Tensor
+    output: Any = None
+    """Its log-probabilities, where somebody asks; `None` where nothing was drawn."""
 
 
-def write_draft(
-    sample: Sample, runner: Any, forward_batch: Any, hidden_RH: Tensor, mtp_hidden_RH: Tensor, token1_R: Tensor
-) -> Draft:
-    """Draw token 2 and judge it."""
-    model = runner.model
-    logits_RV = model.second_logits(mtp_hidden_RH, forward_batch)
-    features_R3 = None
-    log_probs_RV = torch.log_softmax(logits_RV, dim=-1) if model.confidence_head.draft is not None else None
-    token_R = sample(runner, LogitsProcessorOutput(next_token_logits=logits_RV), forward_batch).long()
+def write_draft(draws: Draws, hidden_RH: Tensor, mtp_hidden_RH: Tensor, token1_R: Tensor) -> Draft:
+    """Draw token 2 and judge it, and count what the request shows."""
+    rows, model = draws.rows, draws.runner.model
+    rows.penalties.count(token1_R)
+    nothing = Draft(token1_R, torch.zeros_like(token1_R, dtype=torch.bool))
+    if not rows.any_drafts:
+        return nothing
+    finite_R = mtp_hidden_RH.isfinite().all(-1)
+    mtp_hidden_RH = mtp_hidden_RH.masked_fill(~finite_R[:, None], 0)
+    committed_R, log_probs_RV = finite_R, None
+    sees_draft = model.confidence_head.draft is not None
+    if not sees_draft:
+        committed_R = finite_R & accept(model.confidence(hidden_RH, mtp_hidden_RH), rows.threshold_R)
+    logits_RV = _second_head(draws, mtp_hidden_RH, committed_R)
+    if logits_RV is None:
+        return nothing
+    if sees_draft:  # of the head's own distribution, whatever the draft is drawn from
+        log_probs_RV = torch.log_softmax(logits_RV, dim=-1)
+    output = LogitsProcessorOutput(next_token_logits=logits_RV)
+    with grammar.one_ahead(draws.forward_batch.sampling_info, token1_R) as withheld:
+        token_R = draws(output, slot=1)
     if log_probs_RV is not None:
         features_R3 = draft_features(log_probs_RV, log_probs_RV.gather(1, token_R[:, None])[:, 0])
-    confidence_R = model.confidence(hidden_RH, mtp_hidden_RH, features_R3)
-    return Draft(token_R, accept(confidence_R, forward_batch.sampling_info.pairs.threshold_R))
+        committed_R = finite_R & accept(model.confidence(hidden_RH, mtp_hidden_RH, features_R3), rows.threshold_R)
+    if withheld:
+        committed_R[withheld] = False
+    rows.penalties.count(token_R, committed_R)
+    return Draft(token_R, committed_R, output)
+
+
+def _second_head(draws: Draws, mtp_hidden_RH: Tensor, wanted_R: Tensor) -> Tensor | None:
+    """Logits of token 2 where it is wanted, and `None` if it is nowhere.
+
+    To look at that would stall a GPU, and ranks that saw it differently would wait for each other for ever: so only a single CPU looks.
+    """
+    model, forward_batch = draws.runner.model, draws.forward_batch
+    if wanted_R.device.type != "cpu" or get_parallel().tp_size > 1 or bool(wanted_R.all()):
+        everywhere_RV: Tensor = model.second_logits(mtp_hidden_RH, forward_batch)
+        return everywhere_RV
+    if not wanted_R.any():
+        return None
+    some_CV: Tensor = model.second_logits(mtp_hidden_RH[wanted_R], forward_batch)
+    return some_CV.new_zeros(len(wanted_R), some_CV.shape[-1]).index_put((wanted_R,), some_CV)
 
 
 HOOKS = (
