@@ -37,9 +37,20 @@ class Hook:
 
 def table() -> tuple[Hook, ...]:
     """All hooks. The modules that they live in import SGLang, so they are imported here."""
-    from pipo.integrations.sglang import config, grammar, logprobs, output, penalties, requests, rows, step
+    from pipo.integrations.sglang import (
+        arguments,
+        config,
+        grammar,
+        logprobs,
+        output,
+        penalties,
+        requests,
+        rows,
+        step,
+        updates,
+    )
 
-    own = (config, requests, output, penalties, rows, step, logprobs, grammar)
+    own = (config, arguments, updates, requests, output, penalties, rows, step, logprobs, grammar)
     return tuple(hook for module in own for hook in module.HOOKS)
 
 

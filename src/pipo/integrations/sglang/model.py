@@ -6,6 +6,7 @@ Shape legend: N pairs of all requests, one after the other; R requests; H width;
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,32 +14,33 @@ from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor, 
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.runtime_context import get_model
 from torch import Tensor, nn
 
-from pipo.errors import CheckpointError
+from pipo.errors import UnsupportedModelError
 from pipo.integrations.sglang import hooks, pair_ids
 from pipo.integrations.sglang.config import backbone
 from pipo.integrations.sglang.families import Family, Weights, family_of
+from pipo.integrations.sglang.serving import current
+from pipo.integrations.sglang.weights import Checklist, expected_shapes
 from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
-from pipo.model.layout import is_vision, module_name
-
-HEAD = "lm_head.weight"
 
 
 class MtpBlock(nn.Module):
     """One decoder layer of the backbone's kind, on token 1's embedding and the backbone's hidden state (eq. 3)."""
 
-    def __init__(self, config: Any, family: Family, quant_config: Any) -> None:
+    def __init__(self, config: Any, family: Family) -> None:
         super().__init__()
         h, eps = config.hidden_size, config.rms_norm_eps
         self.fc = nn.Linear(2 * h, h, bias=False)
         self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = family.norm(h, eps), family.norm(h, eps)
-        self.body: Any = family.body(family.one_layer(config), quant_config, "mtp")
-        self.body.embed_tokens = None  # the backbone's serves both
-        for module in self.body.modules():
+        body: Any = family.body(family.one_layer(config), "mtp")
+        body.embed_tokens = None  # the backbone's serves both
+        for module in body.modules():
             if isinstance(module, RadixAttention):
                 module.layer_id = config.pipo_num_backbone_layers
+        self.body: Any = body
 
     def forward(self, embeddings_NH: Tensor, hidden_NH: Tensor, positions_N: Tensor, forward_batch: Any) -> Tensor:
         """`d [N, H]`."""
@@ -53,19 +55,22 @@ class PipoForCausalLM(nn.Module):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()
         hooks.verify()
+        assert quant_config is None, "refused where the server's arguments are read"
         self.config = config
         self.family = family_of(config)
         h, eps = config.hidden_size, config.rms_norm_eps
-        self.model: Any = self.family.body(backbone(config), quant_config, "model")
-        self.mtp = MtpBlock(config, self.family, quant_config)
+        self.model: Any = self.family.body(backbone(config), "model")
+        self.mtp = MtpBlock(config, self.family)
         self.compressor = Compressor(h, config.pipo_compressor_type)
         sees_draft = config.pipo_confidence_features == "draft"
         self.confidence_head = ConfidenceHead(h, self.family.norm(2 * h, eps), sees_draft=sees_draft)
         if config.tie_word_embeddings:
             self.lm_head = self.model.embed_tokens
         else:
-            self.lm_head = ParallelLMHead(config.vocab_size, h, quant_config=quant_config, prefix="lm_head")
+            self.lm_head = ParallelLMHead(config.vocab_size, h, prefix="lm_head")
         self.logits_processor = LogitsProcessor(config)
+        self._expected = expected_shapes(current().config)
+        self._is_filled = get_model().load_format == "dummy"
 
     @property
     def start_layer(self) -> int:
@@ -119,38 +124,39 @@ class PipoForCausalLM(nn.Module):
     # --- weights
 
     def load_weights(self, weights: Weights) -> set[str]:
-        """Fill every parameter.
+        """Fill parameters from a checkpoint's tensors: at first all of them; later, when a server's weights are updated, those that come.
 
         Raises:
-            CheckpointError: names tensors that have no place, and parameters that got none.
+            CheckpointError: names tensors that are missing, unexpected, misshapen or stored twice.
         """
+        now = current()
+        checklist = Checklist(self._expected, tied=self.config.tie_word_embeddings, has_vision=now.has_vision)
+        whole, own = not self._is_filled, dict(self.named_parameters())
         filled: set[str] = set()
-        bodies = {"model.": self.model, "mtp.body.": self.mtp.body}
-        sorted_out: dict[str, list[tuple[str, Tensor]]] = {prefix: [] for prefix in bodies}
-        own = dict(self.named_parameters())
-        strangers: list[str] = []
-        for name, tensor in _ours(weights):
-            prefix = next((prefix for prefix in bodies if name.startswith(prefix)), None)
-            if prefix is not None:
-                sorted_out[prefix].append((name.removeprefix(prefix), tensor))
-            elif name in own:
-                getattr(own[name], "weight_loader", default_weight_loader)(own[name], tensor)
-                filled.add(name)
-            elif name != HEAD:  # a tied head may be stored or not
-                strangers.append(name)
-        for prefix, body in bodies.items():
-            filled |= {prefix + name for name in self.family.load(body, sorted_out[prefix])}
-        missing = sorted(set(own) - filled)
-        if missing or strangers:
-            raise CheckpointError(f"the checkpoint does not fit: missing {missing}, unexpected {strangers}")
+        for part, tensors in groupby(_ours(checklist.check(weights, whole=whole)), key=_part):
+            if part in BODIES:
+                inside = ((name.removeprefix(part), tensor) for name, tensor in tensors)
+                filled |= {part + name for name in self.family.load(self.get_submodule(part[:-1]), inside)}
+            else:
+                for name, tensor in tensors:
+                    getattr(own[name], "weight_loader", default_weight_loader)(own[name], tensor)
+                    filled.add(name)
+        if lost := sorted(filled - set(own)) + sorted(set(own) - filled if whole else ()):
+            raise UnsupportedModelError(f"SGLang's {self.family.architecture} and the checkpoint disagree on {lost}")
+        self._is_filled = True
         return filled
 
 
+BODIES = ("model.", "mtp.body.")
+
+
+def _part(named: tuple[str, Tensor]) -> str:
+    """Which body a tensor belongs to, or none."""
+    return next((body for body in BODIES if named[0].startswith(body)), "")
+
+
 def _ours(weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under the names of our modules, without a multimodal base's vision part."""
-    for stored, tensor in weights:
-        if is_vision(stored):
-            continue
-        name = module_name(stored)
+    """Tensors under the names of our modules: what is inside the MTP block's layer lies in a body of its own."""
+    for name, tensor in weights:
         inside = name.startswith(("mtp.layers.", "mtp.norm."))
         yield name.replace("mtp.", "mtp.body.", 1) if inside else name, tensor

@@ -6,9 +6,12 @@ SGLang runs one model per server, in several processes; each reads the checkpoin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipo.pair_memory import PairMemory
+
+if TYPE_CHECKING:
+    from pipo.model.config import PipoConfig
 
 MAX_REMEMBERED_TOKENS = 1_000_000
 """Of finished replies whose pairing is kept."""
@@ -18,6 +21,10 @@ MAX_REMEMBERED_TOKENS = 1_000_000
 class Served:
     """A PIPO checkpoint, as hooks need to know it."""
 
+    config: PipoConfig
+    """With the server's changes."""
+    has_vision: bool
+    """Its base is multimodal: tensors of the vision part are left out."""
     pad_id: int
     vocab_size: int
     threshold: float
@@ -37,14 +44,16 @@ def served() -> Served | None:
     return _served
 
 
-def serve(config: Any) -> None:
-    """Note that this process serves the checkpoint of `config`, as :func:`pipo.integrations.sglang.config.read` gave it."""
+def serve(config: PipoConfig, has_vision: bool) -> None:
+    """Note that this process serves a checkpoint, as :func:`pipo.integrations.sglang.config.read` gave it."""
     global _served
     _served = Served(
-        pad_id=config.pipo_pad_id,
+        config=config,
+        has_vision=has_vision,
+        pad_id=int(config.pad_token_id),
         vocab_size=config.vocab_size,
-        threshold=config.pipo_threshold,
-        num_backbone_layers=config.pipo_num_backbone_layers,
+        threshold=config.threshold,
+        num_backbone_layers=int(config.text_config.num_hidden_layers),
         max_pairs=config.max_position_embeddings,
         memory=_served.memory if _served is not None else PairMemory(MAX_REMEMBERED_TOKENS),
     )
