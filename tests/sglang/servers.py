@@ -80,7 +80,7 @@ class Server:
         body = {"input_ids": [list(ids) for ids in prompts], "sampling_params": each, **others}
         response = requests.post(f"{self.url}/generate", json=body, timeout=REPLY_S)
         assert response.ok, f"{response.status_code}: {response.text}"
-        return [Reply(out["output_ids"], out["text"], out["meta_info"]) for out in response.json()]
+        return [Reply(out["output_ids"], out.get("text", ""), out["meta_info"]) for out in response.json()]
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, thresholds: Sequence[float] | float | None = None
