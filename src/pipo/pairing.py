@@ -52,6 +52,18 @@ def pairs_from_tokens(tokens: Sequence[int]) -> list[Pair]:
     return [Pair(tokens[i], tokens[i + 1] if i + 1 < len(tokens) else None) for i in range(0, len(tokens), 2)]
 
 
+def pairs_from_sizes(tokens: Sequence[int], sizes: Iterable[int]) -> list[Pair]:
+    """Pack tokens into pairs that hold 1 or 2 of them, as `sizes` says, which must add up to their number."""
+    pairs: list[Pair] = []
+    at = 0
+    for size in sizes:
+        pairs.append(Pair(tokens[at], tokens[at + 1] if size == 2 else None))
+        at += size
+    if at != len(tokens):
+        raise PairingError(f"{len(tokens)} tokens can't be packed into pairs that hold {at}")
+    return pairs
+
+
 def tokens_from_pairs(pairs: Iterable[Pair]) -> list[int]:
     """The tokens a user sees: both slots in order, fillers left out. Inverse of :func:`pairs_from_tokens`."""
     return [token for pair in pairs for token in pair if token is not None]

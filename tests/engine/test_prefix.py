@@ -12,7 +12,6 @@ import torch
 from families import FAMILIES, VOCAB, pipo_model
 from pipo import LLM, SamplingParams
 from pipo.engine import runner
-from pipo.pair_memory import PairMemory
 from pipo.pairing import Pair, tokens_from_pairs
 
 MEBIBYTE = 2**20
@@ -116,18 +115,6 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
     llm.forget()
     assert len(prefixes) == 0
     assert llm.generate(prompt([22] * 40), PARAMS)[0].num_cached_tokens == 0
-
-
-def test_pair_memory_packs_as_remembered_and_forgets_the_oldest() -> None:
-    memory = PairMemory(max_tokens=12)
-    prompt_pairs, reply = [Pair(1, 2), Pair(3, None)], [Pair(4, None), Pair(5, 6), Pair(7, None)]
-    memory.remember(prompt_pairs, reply)
-    packed = memory.pack([1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert packed == [*prompt_pairs, *reply[:2], Pair(7, 8), Pair(9, None)]
-    assert tokens_from_pairs(packed) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert memory.pack([1, 2, 3, 4, 5]) == [Pair(1, 2), Pair(3, 4), Pair(5, None)]
-    memory.remember([Pair(20, None)], [Pair(i, None) for i in range(30, 38)])
-    assert memory.pack([1, 2, 3, 4, 5, 6, 7]) == [Pair(1, 2), Pair(3, 4), Pair(5, 6), Pair(7, None)]
 
 
 class _FailsAfter:

@@ -111,7 +111,7 @@ class LLM:
         )
         self._constraints = ConstraintFactory(self.tokenizer, self.vocab_size, self.eos_token_ids)
         self.pair_memory = PairMemory(remember_pairs)
-        self.engine.on_finish = lambda sequence: self.pair_memory.remember(sequence.prompt_pairs, sequence.pairs)
+        self.engine.on_finish = lambda sequence: self.pair_memory.remember([*sequence.prompt_pairs, *sequence.pairs])
         self._seeds = random.Random(seed)
         self._request_ids = itertools.count()
         self._lock = threading.RLock()
@@ -170,10 +170,11 @@ class LLM:
         return [sequence.output() for sequence in samples]
 
     def forget(self) -> None:
-        """Drop all kept prefixes: after a change of weights they hold no more."""
+        """Drop all kept prefixes, and how replies were paired: after a change of weights they hold no more."""
         with self._lock:
             if isinstance(self.engine.runner, PipoRunner) and self.engine.runner.prefixes is not None:
                 self.engine.runner.prefixes.clear()
+            self.pair_memory.clear()
 
     def load_weights(self, path: str | Path) -> None:
         """Take over the weights of another checkpoint of this model, in place, between two steps; kept prefixes are forgotten.

@@ -5,17 +5,19 @@ The high field names token 1 of the pair that follows, and is 0 as long as that 
 are computed from it, so with it an id tells everything that a pair's cache entries were computed from, and the prefix tree, whose keys
 are ids, shares what is equal and nothing else. Every id is non-negative, as the tree wants.
 
-Works alike on ints and on int64 tensors. Shape legend: N pairs, in whatever shape they come.
+Works alike on ints and on int64 tensors. Shape legend: N pairs, in whatever shape they come; T tokens and L pairs of one text.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pipo.errors import UnsupportedModelError
+from pipo.pair_memory import Sizes
 from pipo.pairing import Pair
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 FIELD_BITS = 20
 _FIELD = (1 << FIELD_BITS) - 1
 _PAIR = (1 << 2 * FIELD_BITS) - 1
-MAX_VOCAB_SIZE = _FIELD
-"""Entries of the largest vocabulary that fits."""
+MAX_VOCAB_SIZE = _FIELD - 1
+"""Entries of the largest vocabulary that fits. One id more can be written, and stands for what is no token."""
 NO_TOKEN = -1
 """What :func:`token2` gives for filler, and :func:`next_token1` where it is not known."""
 
@@ -67,12 +69,19 @@ def followed_by(one: int, first: int) -> int:
     return (first + 1) << 2 * FIELD_BITS | one & _PAIR
 
 
-def ids_of(pairs: Iterable[Pair]) -> array[int]:
-    """Ids of a text's pairs, in the type that SGLang keeps token ids in. What follows the last is not known."""
-    ids = array("q", (pair_id(first, second) for first, second in pairs))
-    for index, (one, following) in enumerate(pairwise(ids)):
-        ids[index] = followed_by(one, token1(following))
-    return ids
+def ids_of(tokens: Sequence[int], sizes: Sizes) -> array[int]:
+    """Ids of a text in pairs that hold 1 or 2 tokens each, in the type that SGLang keeps token ids in. What follows the last is not known."""
+    tokens_T = np.asarray(tokens, dtype=np.int64)
+    ends_L = sizes.cumsum(dtype=np.int64)
+    first_L = tokens_T[ends_L - sizes]
+    ids_L = (first_L << FIELD_BITS) | np.where(sizes == 2, tokens_T[ends_L - 1] + 1, 0)
+    ids_L[:-1] |= (first_L[1:] + 1) << 2 * FIELD_BITS
+    return array("q", ids_L.tobytes())
+
+
+def sizes_of(ids: array[int]) -> Sizes:
+    """How many tokens each pair holds."""
+    return (1 + (np.frombuffer(ids, dtype=np.int64) & _FIELD != 0)).astype(np.uint8)
 
 
 def tokens_of(ids: Iterable[int]) -> list[int]:
@@ -81,9 +90,13 @@ def tokens_of(ids: Iterable[int]) -> list[int]:
 
 
 def join(token1_N: Tensor, token2_N: Tensor, committed_N: Tensor) -> Tensor:
-    """Pair ids on the device, int64: filler where a draft is not committed."""
-    second_N = (token2_N.long() + 1) * committed_N
-    return (token1_N.long() << FIELD_BITS) | second_N
+    """Pair ids on the device, int64: filler where a draft is not committed.
+
+    What a failed draw may leave, an id below 0 or beyond the vocabulary, becomes one beyond the vocabulary.
+    """
+    first_N = token1_N.long().clamp(-1, _FIELD) & _FIELD
+    second_N = ((token2_N.long() + 1).clamp(-1, _FIELD) & _FIELD) * committed_N
+    return (first_N << FIELD_BITS) | second_N
 
 
 def slots(ids_N: Tensor, pad_id: int) -> Tensor:
