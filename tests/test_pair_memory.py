@@ -52,7 +52,8 @@ def test_plain_pairs_are_not_kept_and_the_oldest_go_first() -> None:
     assert memory.pack([1, 2, 3, 4, 5, 6, 7]) == [Pair(1, 2), Pair(3, 4), Pair(5, 6), Pair(7, None)]
     assert memory.pack([20, 30, 31])[0] == Pair(20, None)
     memory.clear()
-    assert memory.num_tokens == 0 and memory.pack([20, 30, 31])[0] == Pair(20, 30)
+    assert memory.num_tokens == 0
+    assert memory.pack([20, 30, 31])[0] == Pair(20, 30)
 
 
 def test_what_is_asked_for_is_kept_longest() -> None:

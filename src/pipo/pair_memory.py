@@ -28,6 +28,13 @@ BYTES_PER_TOKEN = TOKEN_BYTES + 1
 """Most that is kept for one token, beside some hundred bytes a text."""
 
 
+def plain_sizes(num_tokens: int) -> Sizes:
+    """`[L]` of a text that is packed two by two."""
+    sizes = np.full(num_pairs(num_tokens), 2, dtype=np.uint8)
+    sizes[num_tokens // 2 :] = 1
+    return sizes
+
+
 class PairMemory:
     """How replies were paired, for at most `max_tokens` remembered tokens; the oldest are forgotten first. Any thread may use it.
 
@@ -49,7 +56,7 @@ class PairMemory:
         tokens = [token for pair in pairs[:-1] for token in pair if token is not None]
         self.remember_sizes(tokens, [1 + (pair.token2 is not None) for pair in pairs[:-1]])
 
-    def remember_sizes(self, tokens: Sequence[int], sizes: Sequence[int]) -> None:
+    def remember_sizes(self, tokens: Sequence[int], sizes: Sequence[int] | Sizes) -> None:
         """Keep the pairing of a text as it is: `tokens [T]` in pairs of `sizes [L]`."""
         kept = np.array(sizes, dtype=np.uint8)
         if (kept == 2).all() or len(tokens) > self.max_tokens:
@@ -75,10 +82,7 @@ class PairMemory:
     def sizes(self, tokens: Sequence[int]) -> Sizes:
         """`[L]` for a prompt: as remembered as far as it agrees with a remembered text, then two by two."""
         as_before = self._find(_text(tokens))
-        num_left = len(tokens) - int(as_before.sum())
-        rest = np.full(num_pairs(num_left), 2, dtype=np.uint8)
-        rest[len(rest) - num_left % 2 :] = 1
-        return np.concatenate([as_before, rest])
+        return np.concatenate([as_before, plain_sizes(len(tokens) - int(as_before.sum()))])
 
     def clear(self) -> None:
         """Forget everything: after the weights have changed no cache holds any of it."""

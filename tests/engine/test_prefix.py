@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, VOCAB, pipo_model
 from pipo import LLM, SamplingParams
 from pipo.engine import runner
-from pipo.pairing import Pair, tokens_from_pairs
+from pipo.pairing import Pair
 
 MEBIBYTE = 2**20
 PARAMS = SamplingParams(temperature=0, threshold=0.5, max_tokens=13, ignore_eos=True, record_pairs=True)

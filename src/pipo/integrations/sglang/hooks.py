@@ -38,10 +38,13 @@ class Hook:
 def table() -> tuple[Hook, ...]:
     """All hooks. The modules that they live in import SGLang, so they are imported here."""
     from pipo.integrations.sglang import (
+        admission,
         arguments,
         config,
         grammar,
+        lengths,
         logprobs,
+        metrics,
         output,
         penalties,
         requests,
@@ -50,7 +53,8 @@ def table() -> tuple[Hook, ...]:
         updates,
     )
 
-    own = (config, arguments, updates, requests, output, penalties, rows, step, logprobs, grammar)
+    inward = (config, arguments, updates, admission, requests, lengths)
+    own = (*inward, penalties, rows, step, logprobs, grammar, output, metrics)
     return tuple(hook for module in own for hook in module.HOOKS)
 
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 FIELD_BITS = 20
 _FIELD = (1 << FIELD_BITS) - 1
 _PAIR = (1 << 2 * FIELD_BITS) - 1
-MAX_VOCAB_SIZE = _FIELD - 1
-"""Entries of the largest vocabulary that fits. One id more can be written, and stands for what is no token."""
+MAX_VOCAB_SIZE = _FIELD
+"""Entries of the largest vocabulary that fits."""
 NO_TOKEN = -1
 """What :func:`token2` gives for filler, and :func:`next_token1` where it is not known."""
 
@@ -70,7 +70,10 @@ def followed_by(one: int, first: int) -> int:
 
 
 def ids_of(tokens: Sequence[int], sizes: Sizes) -> array[int]:
-    """Ids of a text in pairs that hold 1 or 2 tokens each, in the type that SGLang keeps token ids in. What follows the last is not known."""
+    """Ids of a text in pairs that hold 1 or 2 tokens each, in the type that SGLang keeps token ids in.
+
+    What follows the last pair is not known.
+    """
     tokens_T = np.asarray(tokens, dtype=np.int64)
     ends_L = sizes.cumsum(dtype=np.int64)
     first_L = tokens_T[ends_L - sizes]
@@ -81,7 +84,7 @@ def ids_of(tokens: Sequence[int], sizes: Sizes) -> array[int]:
 
 def sizes_of(ids: array[int]) -> Sizes:
     """How many tokens each pair holds."""
-    return (1 + (np.frombuffer(ids, dtype=np.int64) & _FIELD != 0)).astype(np.uint8)
+    return np.where(np.frombuffer(ids, dtype=np.int64) & _FIELD, 2, 1).astype(np.uint8)
 
 
 def tokens_of(ids: Iterable[int]) -> list[int]:
@@ -90,13 +93,9 @@ def tokens_of(ids: Iterable[int]) -> list[int]:
 
 
 def join(token1_N: Tensor, token2_N: Tensor, committed_N: Tensor) -> Tensor:
-    """Pair ids on the device, int64: filler where a draft is not committed.
-
-    What a failed draw may leave, an id below 0 or beyond the vocabulary, becomes one beyond the vocabulary.
-    """
-    first_N = token1_N.long().clamp(-1, _FIELD) & _FIELD
-    second_N = ((token2_N.long() + 1).clamp(-1, _FIELD) & _FIELD) * committed_N
-    return (first_N << FIELD_BITS) | second_N
+    """Pair ids on the device, int64: filler where a draft is not committed."""
+    second_N = (token2_N.long() + 1) * committed_N
+    return (token1_N.long() << FIELD_BITS) | second_N
 
 
 def slots(ids_N: Tensor, pad_id: int) -> Tensor:

@@ -1,7 +1,7 @@
 """A request in pairs: what rides on SGLang's `Req` as `req.pairs`, and when it is finished.
 
-SGLang's own fields count pairs (`origin_input_ids`, `output_ids`, lengths, caches); what a client sees, stops on and pays for counts
-tokens. Where SGLang's code looks at the latter, :func:`as_tokens` puts them in the fields' places meanwhile.
+SGLang's own fields count pairs (`origin_input_ids`, `output_ids`, `sampling_params.max_new_tokens`, lengths, caches); what a client sees,
+stops on and pays for counts tokens. Where SGLang's code looks at the latter, :func:`as_tokens` puts them in the fields' places meanwhile.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
+from pipo.errors import RequestError
 from pipo.integrations.sglang import pair_ids
+from pipo.integrations.sglang.admission import threshold_of
 from pipo.integrations.sglang.hooks import Hook
 from pipo.integrations.sglang.serving import current, served
+from pipo.pair_memory import Sizes
+from pipo.pairing import TokenCounts, draws_drafts
+
+CACHED = ("cached_tokens", "cached_tokens_device", "cached_tokens_host", "cached_tokens_storage")
+"""What SGLang notes of a prompt's cached part: how long it is, and of what parts it consists, one after the other."""
 
 
 @dataclass
@@ -24,21 +32,52 @@ class PairRequest:
 
     prompt: array[int]
     threshold: float
+    """τ."""
+    sizes: Sizes
+    """Of the prompt's pairs."""
+    max_tokens: int = 1 << 30
+    """Tokens to write at most. `sampling_params.max_new_tokens` is the same in pairs."""
     tokens: array[int] = field(default_factory=lambda: array("q"))
-    """That a client may see so far."""
+    """That were written so far: a client sees them up to `finished_len`."""
     num_read: int = 0
     """Pairs of `output_ids` that are in `tokens`."""
     finished_len: int | None = None
     """Tokens up to the stop, where there was one."""
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    count_reasoning: Callable[[list[int]], None] | None = None
+    """Takes the tokens of a step, once it is known which of them are shown."""
+    _cached: tuple[list[int], list[int]] = ([0, 0, 0, 0], [0, 0, 0, 0])
 
     def read(self, output_ids: array[int]) -> int:
-        """Take new pairs over; how many tokens they were."""
-        if len(output_ids) < self.num_read:  # the request was sent back and starts anew
-            self.tokens, self.num_read = array("q"), 0
+        """Take new pairs over; how many tokens they hold."""
         new = pair_ids.tokens_of(output_ids[self.num_read :])
         self.tokens.extend(new)
         self.num_read = len(output_ids)
         return len(new)
+
+    def count(self, num_new: int, finished: bool) -> None:
+        """Count the pair that was written last, of `num_new` tokens, as section 4 has it: a draft that a stop cut off is no draft."""
+        end = len(self.tokens) if self.finished_len is None else self.finished_len
+        before = len(self.tokens) - num_new
+        shown = max(0, end - before)
+        cut = finished and shown < 2
+        judged = draws_drafts(self.threshold) and not cut
+        self.counts.add_pair(num_tokens=shown, judged=judged, committed=num_new == 2 and not cut)
+        if self.count_reasoning is not None:
+            self.count_reasoning(self.tokens[before:end].tolist())
+            self.count_reasoning = None
+
+    def cached_tokens(self, in_pairs: list[int]) -> list[int]:
+        """The numbers of `CACHED` in tokens. They are asked for at each step, and hardly ever change."""
+        if in_pairs != self._cached[0]:
+            whole, *parts = in_pairs
+            ends = [0, *accumulate(parts)]
+            *at, all_of_it = [int(self.sizes[:end].sum()) for end in [*ends, whole]]
+            self._cached = in_pairs, [all_of_it, *(after - before for before, after in pairwise(at))]
+        return self._cached[1]
+
+
+# --- a request comes in
 
 
 def around_init(init: Callable[..., None], req: Any, *args: Any, **kwargs: Any) -> None:
@@ -48,11 +87,21 @@ def around_init(init: Callable[..., None], req: Any, *args: Any, **kwargs: Any) 
         return
     given = inspect.signature(init).bind(req, *args, **kwargs).arguments
     prompt = array("q", given["origin_input_ids"])
-    custom = given["sampling_params"].custom_params or {}
-    req.pairs = PairRequest(prompt, float(custom.get("threshold", current().threshold)))
-    given["origin_input_ids"] = pair_ids.ids_of(current().memory.pack(prompt))
+    sizes = current().memory.sizes(prompt)
+    threshold, wrong = current().threshold, None
+    try:
+        threshold = threshold_of(given["sampling_params"].custom_params, threshold)
+    except RequestError as error:  # admission answers that; here is who came in by another way
+        wrong = str(error)
+    req.pairs = PairRequest(prompt, threshold, sizes)
+    given["origin_input_ids"] = pair_ids.ids_of(prompt, sizes)
     del given["self"]
     init(req, **given)
+    if wrong is not None:
+        req.set_finish_with_abort(wrong)
+
+
+# --- a step is done
 
 
 def settle(req: Any, start: int) -> None:
@@ -72,22 +121,34 @@ def settle(req: Any, start: int) -> None:
 def as_tokens(req: Any) -> Iterator[PairRequest]:
     """The request's fields in tokens instead of pairs, as long as this lasts."""
     pairs: PairRequest = req.pairs
-    ids, prompt, unpadded = req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded
-    cached = req.cached_tokens
+    in_pairs = req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded, req.sampling_params.max_new_tokens
     req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded = pairs.tokens, pairs.prompt, pairs.prompt
-    req.cached_tokens = min(2 * cached, len(pairs.prompt))
+    req.sampling_params.max_new_tokens = pairs.max_tokens
     req.finished_len = pairs.finished_len
     try:
         yield pairs
     finally:
         pairs.finished_len = req.finished_len
-        req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded = ids, prompt, unpadded
-        req.cached_tokens = cached
-        req.finished_len = None if req.finished_reason is None else len(ids)
+        req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded = in_pairs[:3]
+        req.sampling_params.max_new_tokens = in_pairs[3]
+        req.finished_len = None if req.finished_reason is None else len(req.output_ids)
+
+
+@contextmanager
+def cached_as_tokens(req: Any) -> Iterator[None]:
+    """What of the prompt was cached in tokens instead of pairs, as long as this lasts."""
+    in_pairs = [getattr(req, name) for name in CACHED]
+    for name, value in zip(CACHED, req.pairs.cached_tokens(in_pairs), strict=True):
+        setattr(req, name, value)
+    try:
+        yield
+    finally:
+        for name, value in zip(CACHED, in_pairs, strict=True):
+            setattr(req, name, value)
 
 
 def around_update_finish_state(update: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
-    """Look for stops in tokens."""
+    """Look for stops in tokens, and for the end of the room for pairs."""
     if served() is None:
         update(req, new_accepted_len)
         return
@@ -97,14 +158,41 @@ def around_update_finish_state(update: Callable[..., None], req: Any, new_accept
     num_new = req.pairs.read(req.output_ids)
     with as_tokens(req):
         update(req, num_new)
+    if not req.finished() and len(req.output_ids) >= req.sampling_params.max_new_tokens:
+        from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
+        req.finished_reason = FINISH_LENGTH(length=len(req.pairs.tokens))
+        req.finished_len = len(req.output_ids)
+    if num_new:
+        req.pairs.count(num_new, req.finished())
     if req.finished():
         remember(req)
 
 
+def around_reasoning(update: Callable[..., None], processor: Any, req: Any, next_token_id: int | list[int]) -> None:
+    """SGLang counts tokens of thoughts before it looks for a stop; pairs wait until that is known."""
+    if served() is None:
+        update(processor, req, next_token_id)
+        return
+    req.pairs.count_reasoning = lambda tokens: update(processor, req, tokens)
+
+
+# --- the memory of pairs
+
+
 def remember(req: Any) -> None:
-    """Keep how a finished reply was paired, for the next turn."""
-    prompt, reply = (list(map(pair_ids.pair_of, ids)) for ids in (req.origin_input_ids, req.output_ids))
-    current().memory.remember(prompt, reply)
+    """Keep how a finished reply was paired, for the next turn; its last pair may be completed by that."""
+    if not req.output_ids or req.finished_reason.to_json().get("type") == "abort":
+        return
+    sizes = pair_ids.sizes_of(req.origin_input_ids + req.output_ids)
+    tokens = req.pairs.prompt + req.pairs.tokens
+    current().memory.remember_sizes(tokens[: len(tokens) - int(sizes[-1])], sizes[:-1])
+
+
+def after_flush(flushed: bool, scheduler: Any, empty_cache: bool = True) -> None:
+    """The prefix tree was emptied, as it is when weights change."""
+    if served() is not None and flushed:
+        current().memory.clear()
 
 
 REQ = "managers.schedule_batch.Req"
@@ -121,4 +209,11 @@ cache_salt
 HOOKS = (
     Hook(f"{REQ}.__init__", "around", around_init, tuple(INIT_PARAMETERS.split())),
     Hook(f"{REQ}.update_finish_state", "around", around_update_finish_state, ("self", "new_accepted_len")),
+    Hook(
+        "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._maybe_update_reasoning_tokens",
+        "around",
+        around_reasoning,
+        ("self", "req", "next_token_id"),
+    ),
+    Hook("managers.scheduler.Scheduler.flush_cache", "after", after_flush, ("self", "empty_cache")),
 )
