@@ -61,6 +61,12 @@ def expected(
     return written.token_ids
 
 
+def confidences(model: PipoForCausalLM, prompt_ids: Sequence[int], max_tokens: int, threshold: float) -> list[float]:
+    """What the gate thought of each draft on the way."""
+    written = reference.generate(model, prompt_ids, max_tokens=max_tokens, threshold=threshold)
+    return [pair.confidence for pair in written.pairs if pair.confidence is not None]
+
+
 # --- regular models ----------------------------------------------------------------------------------------------------
 
 

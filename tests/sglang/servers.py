@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,18 +101,33 @@ def greedy(max_tokens: int, threshold: float | None = None, **others: Any) -> di
     return {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True, **gate, **others}
 
 
-@contextmanager
-def serving(folder: Path, **arguments: Any) -> Iterator[Server]:
+def serving(folder: Path, **arguments: Any) -> AbstractContextManager[Server]:
     """Start a server and wait until it answers; in the end it is killed with all its processes.
 
     `arguments`: options of `sglang serve`, with underscores. The log lies beside the folder, under its name with `.log`.
     """
+    port = _free_port()
+    options = {**ON_CPU, "model_path": str(folder), "port": port, **arguments}
+    return _running([sys.executable, "-c", SERVE, json.dumps(options)], port, folder.with_suffix(".log"))
+
+
+def serving_by_command(folder: Path, log: Path, **arguments: Any) -> AbstractContextManager[Server]:
+    """The same by `sglang serve` itself, as a user types it. An option whose value is True is a flag."""
+    port = _free_port()
+    command = [str(Path(sys.executable).with_name("sglang")), "serve", "--model-path", str(folder), "--port", str(port)]
+    for name, value in {**ON_CPU, **arguments}.items():
+        command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return _running(command, port, log)
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {**ON_CPU, "model_path": str(folder), "port": port, **arguments}
-    command = [sys.executable, "-c", SERVE, json.dumps(options)]
-    log = folder.with_suffix(".log")
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path) -> Iterator[Server]:
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
