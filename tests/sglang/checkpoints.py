@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,29 @@ def save_pipo(
     return model
 
 
+@cache
+def _written(
+    model: PipoForCausalLM,
+    prompt_ids: tuple[int, ...],
+    max_tokens: int,
+    threshold: float,
+    stop_ids: tuple[int, ...] = (),
+) -> reference.Generation:
+    return reference.generate(model, prompt_ids, max_tokens=max_tokens, threshold=threshold, stop_ids=stop_ids)
+
+
 def expected(
-    model: PipoForCausalLM, prompt_ids: Sequence[int], max_tokens: int, threshold: float, **options: Any
+    model: PipoForCausalLM, prompt_ids: Sequence[int], max_tokens: int, threshold: float, *stop_ids: int
 ) -> list[int]:
     """What `pipo.reference` writes greedily; fails where two choices are too close to tell apart in float32."""
-    written = reference.generate(model, prompt_ids, max_tokens=max_tokens, threshold=threshold, **options)
+    written = _written(model, tuple(prompt_ids), max_tokens, threshold, stop_ids)
     assert written.margin > MARGIN, f"a choice hangs on {written.margin:.1e}; take another prompt"
     return written.token_ids
 
 
 def confidences(model: PipoForCausalLM, prompt_ids: Sequence[int], max_tokens: int, threshold: float) -> list[float]:
     """What the gate thought of each draft on the way."""
-    written = reference.generate(model, prompt_ids, max_tokens=max_tokens, threshold=threshold)
+    written = _written(model, tuple(prompt_ids), max_tokens, threshold)
     return [pair.confidence for pair in written.pairs if pair.confidence is not None]
 
 

@@ -5,6 +5,7 @@ SGLang ends its whole process when one of its parts fails, so it must not be the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -126,10 +127,18 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the tests' process ends, however it ends; SGLang's parts follow their parent."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 @contextmanager
 def _running(command: list[str], port: int, log: Path) -> Iterator[Server]:
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_up(url, process, log)
