@@ -26,7 +26,7 @@ MODES = {
     },
 }
 # Chunks that end within a state's interval, at its end, and beyond.
-COMMON = {"chunked_prefill_size": 64, "schedule_conservativeness": 0.1}
+COMMON = {"log_level": "info", "chunked_prefill_size": 64, "schedule_conservativeness": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -118,24 +118,25 @@ def test_cancelled_requests(model, server):
     started = threading.Event()
 
     def stream(seed: int, rid: str, hang_up: bool) -> dict:
-        body = {"input_ids": prompt(33, seed=seed), "rid": rid, "stream": True, "sampling_params": greedy(150, 0.5)}
+        body = {"input_ids": prompt(33, seed=seed), "rid": rid, "stream": True, "sampling_params": greedy(110, 0.5)}
+        last = {}
         with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=240) as response:
-            last = {}
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
                     last = json.loads(line[6:])
                     if hang_up:
-                        return last
+                        break
                     started.set()
-            return last
+        return last
 
     with ThreadPoolExecutor(3) as threads:
-        beside = threads.submit(server.greedy, [ids for ids, _ in neighbours], 40, [tau for _, tau in neighbours])
         cancelled = threads.submit(stream, 62, "cancel me", False)
-        threads.submit(stream, 63, "hang up", True).result()
+        beside = threads.submit(server.greedy, [ids for ids, _ in neighbours], 40, [tau for _, tau in neighbours])
+        hung_up = threads.submit(stream, 63, "hang up", True)
         assert started.wait(120)
         requests.post(f"{server.url}/abort_request", json={"rid": "cancel me"}, timeout=60)
         assert cancelled.result()["meta_info"]["finish_reason"]["type"] == "abort"
+        assert hung_up.result()["meta_info"]["finish_reason"] is None
         replies = beside.result()
     after = server.greedy([ids for ids, _ in neighbours], 40, [tau for _, tau in neighbours])
     want = [expected(model, ids, 40, tau) for ids, tau in neighbours]
