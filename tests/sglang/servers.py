@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ ON_CPU: dict[str, Any] = {
     "dtype": "float32",
     "disable_cuda_graph": True,
     "skip_server_warmup": True,
+    "sleep_on_idle": True,
     "max_total_tokens": 4096,
     "max_running_requests": 8,
     "log_level": "warning",
@@ -102,14 +103,16 @@ def greedy(max_tokens: int, threshold: float | None = None, **others: Any) -> di
     return {"temperature": 0, "max_new_tokens": max_tokens, "ignore_eos": True, **gate, **others}
 
 
-def serving(folder: Path, **arguments: Any) -> AbstractContextManager[Server]:
+def serving(
+    folder: Path, environment: Mapping[str, str] | None = None, **arguments: Any
+) -> AbstractContextManager[Server]:
     """Start a server and wait until it answers; in the end it is killed with all its processes.
 
     `arguments`: options of `sglang serve`, with underscores. The log lies beside the folder, under its name with `.log`.
     """
     port = _free_port()
     options = {**ON_CPU, "model_path": str(folder), "port": port, **arguments}
-    return _running([sys.executable, "-c", SERVE, json.dumps(options)], port, folder.with_suffix(".log"))
+    return _running([sys.executable, "-c", SERVE, json.dumps(options)], port, folder.with_suffix(".log"), environment)
 
 
 def serving_by_command(folder: Path, log: Path, **arguments: Any) -> AbstractContextManager[Server]:
@@ -134,10 +137,17 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _running(command: list[str], port: int, log: Path) -> Iterator[Server]:
+def _running(
+    command: list[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         url = f"http://127.0.0.1:{port}"

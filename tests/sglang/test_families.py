@@ -2,29 +2,31 @@
 
 import pytest
 
-from checkpoints import confidences, expected, prompt, save_pipo
-from servers import KEEPING_STATES, serving
+from checkpoints import confidences, expected, prompt
+from served import QWEN3, QWEN3_5_MOE, start
 
-# Each family with another mixture of the rest: what is stored where, the compressor's kind, what the gate sees.
-CASES = {
-    "qwen3_5": {"layout": "nested"},
-    "qwen3_5_moe": {"layout": "flat", "compressor": "linear", "gate": "draft"},
-    "qwen3": {"gate": "draft", "tie_word_embeddings": True},
-    "llama": {"compressor": "linear"},
-}
 ALWAYS, SOME, NEVER = 0.0, 0.5, 1.1
 PROMPTS = {"one token": prompt(1), "two": prompt(2, seed=4), "odd": prompt(7, seed=2), "150": prompt(150, seed=3)}
 MAX_TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, tmp_path_factory):
-    """A model and its server. The chunks of prompts are short, so that the longest prompt is read in three."""
-    folder = tmp_path_factory.mktemp(request.param) / "model"
-    model = save_pipo(folder, request.param, **CASES[request.param])
-    options = KEEPING_STATES if request.param.startswith("qwen3_5") else {}
-    with serving(folder, chunked_prefill_size=32, **options) as server:
-        yield model, server
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    with start(tmp_path_factory.mktemp("qwen3"), QWEN3) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def qwen3_5_moe(tmp_path_factory):
+    with start(tmp_path_factory.mktemp("qwen3_5_moe"), QWEN3_5_MOE) as served:
+        yield served
+
+
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_5_moe", "qwen3_5", "llama"])
+def case(request):
+    served = request.getfixturevalue(request.param)
+    served.server.forget()
+    return served.model, served.server
 
 
 def test_every_prompt_and_threshold_in_one_batch(case):

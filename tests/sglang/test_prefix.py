@@ -4,23 +4,18 @@ import pytest
 import requests
 
 from byte_tokenizer import byte_tokenizer
-from checkpoints import expected, prompt, save_pipo
+from checkpoints import expected, prompt
 from pipo import LLM, SamplingParams
-from servers import KEEPING_STATES, serving
 
 TAU = 0.5
 STATE_EVERY = 64
 """Pairs after which a hybrid keeps its linear-attention states."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_5"])
-def served(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prefix") / "model"
-    model = save_pipo(folder, request.param)
-    hybrid = request.param == "qwen3_5"
-    options = KEEPING_STATES | {"mamba_track_interval": STATE_EVERY} if hybrid else {}
-    with serving(folder, **options) as server:
-        yield model, server, hybrid
+@pytest.fixture(params=["llama", "qwen3_5"])
+def served(request):
+    shared = request.getfixturevalue(request.param)
+    return shared.model, shared.server, shared.hybrid
 
 
 def usable(num_pairs, hybrid):

@@ -2,32 +2,29 @@
 
 import pytest
 
-from checkpoints import expected, prompt, save_pipo
-from servers import KEEPING_STATES, greedy, serving
+from checkpoints import EOS, expected, prompt
+from served import TIGHT, start
+from servers import greedy
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_5"])
-def served(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("retraction") / "model"
-    model = save_pipo(folder, request.param)
-    options = KEEPING_STATES if request.param == "qwen3_5" else {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_TEST_RETRACT", "1")
-        patch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "5")
-        with serving(folder, **options) as server:
-            yield model, server
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory):
+    """Memory for some of the requests that are let in."""
+    with start(tmp_path_factory.mktemp("tight"), TIGHT) as served:
+        yield served
 
 
-def test_what_was_written_survives(served):
-    """Tokens, counts, penalties and the pairing; with stops, log-probabilities and streams' offsets beside them."""
-    model, server = served
-    prompts = [prompt(5 + 9 * index, seed=index) for index in range(6)]
-    thresholds = [0.0, 0.5, 1.5, 0.5, 0.5, 0.0]
-    params = [greedy(30, tau) for tau in thresholds]
-    replies = server.generate(prompts, params, return_logprob=True, logprob_start_len=-1)
+@pytest.mark.parametrize("how", ["tight", "without_overlap"])
+def test_what_was_written_survives(how, request):
+    """Tokens, counts, log-probabilities and the pairing."""
+    served = request.getfixturevalue(how)
+    cases = [(prompt(20 + 9 * i, seed=20 + i), (0.0, 0.5, 1.1)[i % 3]) for i in range(8)]
+    # A request that ignores the end of text is let in only where all of its tokens fit.
+    params = [greedy(70, tau, ignore_eos=False) for _, tau in cases]
+    replies = served.server.generate([ids for ids, _ in cases], params, return_logprob=True, logprob_start_len=-1)
     assert sum(reply.meta["num_retractions"] for reply in replies) > 0
-    for reply, ids, tau in zip(replies, prompts, thresholds, strict=True):
-        assert reply.token_ids == expected(model, ids, 30, tau)
+    for reply, (ids, tau) in zip(replies, cases, strict=True):
+        assert reply.token_ids == expected(served.model, ids, 70, tau, EOS)
         assert [token for _, token, _ in reply.meta["output_token_logprobs"]] == reply.token_ids
-        assert reply.meta["completion_tokens"] == 30
-        assert reply.meta["num_pairs"] + reply.meta["num_committed"] == 30
+        assert reply.meta["completion_tokens"] == len(reply.token_ids)
+        assert reply.meta["num_pairs"] + reply.meta["num_committed"] == len(reply.token_ids)

@@ -6,20 +6,19 @@ from math import sqrt
 import pytest
 import torch
 
-from checkpoints import EOS, MARGIN, prompt, save_pipo
+from checkpoints import EOS, MARGIN, prompt
 from pipo import reference
-from servers import greedy, serving
+from served import LLAMA
+from servers import greedy
 
-PART = 16
+PART = LLAMA.options["chunked_prefill_size"]
 """Pairs of a long prompt that are read at once."""
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sampling") / "model"
-    model = save_pipo(folder, "llama")
-    with serving(folder, chunked_prefill_size=PART) as server:
-        yield model, server
+@pytest.fixture
+def served(llama):
+    llama.server.forget()
+    return llama.model, llama.server
 
 
 class Writer:

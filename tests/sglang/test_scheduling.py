@@ -1,67 +1,36 @@
-"""What a busy scheduler does to a pair: caches shared and not, prompts in chunks, requests sent back, cancelled, mixed.
+"""What a busy scheduler does to a pair: prompts that share, requests that come and go, cancelled ones.
 
-Two servers of one model: as SGLang runs by default (overlap, states kept on the way), and as it runs with neither. Both have memory for
-a few requests only, so that they send requests back under load.
+Twice: as SGLang runs by default, and without overlap scheduling but with requests sent back all the time.
 """
 
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import requests
 
-from checkpoints import EOS, confidences, expected, prompt, save_pipo
-from pipo import LLM, SamplingParams
-from servers import KEEPING_STATES, greedy, serving
-
-MODES = {
-    "overlap": {**KEEPING_STATES, "max_total_tokens": 330},
-    "no overlap": {
-        "mamba_radix_cache_strategy": "no_buffer",
-        "disable_overlap_schedule": True,
-        "max_mamba_cache_size": 64,
-        "max_total_tokens": 300,
-    },
-}
-# Chunks that end within a state's interval, at its end, and beyond.
-COMMON = {"log_level": "info", "chunked_prefill_size": 64, "schedule_conservativeness": 0.1}
+from checkpoints import confidences, expected, prompt
+from servers import greedy
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    return save_pipo(folder, "qwen3_5"), folder
+@pytest.fixture(scope="module", params=["qwen3_5", "without_overlap"])
+def served(request):
+    return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module", params=MODES)
-def server(request, saved):
-    with serving(saved[1], **COMMON, **MODES[request.param]) as running:
-        yield running
+@pytest.fixture
+def server(served):
+    served.server.forget()
+    return served.server
 
 
-@pytest.fixture(scope="module")
-def model(saved):
-    return saved[0]
-
-
-@pytest.fixture(autouse=True)
-def nothing_cached(server):
-    server.forget()
+@pytest.fixture
+def model(served):
+    return served.model
 
 
 LONG = prompt(300, seed=5)
-
-
-def test_a_prompt_that_the_cache_holds(model, server):
-    """The same prompt again, at once and later: what was computed for the first is what the others read."""
-    want = expected(model, LONG, 8, 0.5)
-    (first,) = server.greedy([LONG], 8, 0.5)
-    again = server.greedy([LONG, LONG], 8, 0.5)
-    assert [first.token_ids, *(reply.token_ids for reply in again)] == [want] * 3
-    assert first.num_cached == 0
-    assert all(reply.num_cached >= 256 for reply in again)
 
 
 @pytest.mark.parametrize("num_shared", [255, 256, 257, 258], ids=lambda n: f"{n} shared tokens")
@@ -77,31 +46,6 @@ def test_prompts_that_part(model, server, num_shared):
     assert kept.token_ids == expected(model, turned, 2, 0.0)
     assert rejected.token_ids == expected(model, turned, 2, 1.1)
     assert kept.num_cached >= 128
-
-
-def test_a_second_turn(model, server):
-    """A reply comes back as part of the next prompt, and is read in the pairs in which it was written: the embedded engine's text,
-    and a cache that is used far beyond the first rejected draft.
-    """
-    llm = LLM(model, remember_pairs=10_000)
-    question, answer = prompt(100, seed=8), SamplingParams(temperature=0, max_tokens=80, threshold=0.5, ignore_eos=True)
-    (first,) = server.greedy([question], 80, 0.5)
-    assert first.token_ids == llm.generate({"prompt_token_ids": question}, answer)[0].token_ids
-    turned = [*question, *first.token_ids, *prompt(5, seed=9)]
-    (second,) = server.greedy([turned], 20, 0.5)
-    answer = replace(answer, max_tokens=20)
-    assert second.token_ids == llm.generate({"prompt_token_ids": turned}, answer)[0].token_ids
-    assert second.num_cached > 110
-
-
-def test_more_requests_than_fit(model, server):
-    """Some are sent back in the middle of their reply, lose what was computed for them, and go on where they were."""
-    cases = [(prompt(20 + 9 * i, seed=20 + i), (0.0, 0.5, 1.1)[i % 3]) for i in range(8)]
-    # A request that ignores the end of text is let in only where all of its tokens fit.
-    params = [greedy(70, tau, ignore_eos=False) for _, tau in cases]
-    replies = server.generate([ids for ids, _ in cases], params)
-    assert [reply.token_ids for reply in replies] == [expected(model, ids, 70, tau, EOS) for ids, tau in cases]
-    assert sum(reply.meta["num_retractions"] for reply in replies) > 0, "nothing was sent back: give it less memory"
 
 
 def test_requests_that_come_and_go(model, server):
