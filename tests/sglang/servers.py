@@ -21,7 +21,7 @@ from typing import Any
 
 import requests
 
-START_S = 400
+START_S = 900
 REPLY_S = 240
 
 SERVE = """
