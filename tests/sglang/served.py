@@ -36,11 +36,7 @@ class Served:
 # Each family with another mixture of the rest: what is stored where, the compressor's kind, what the gate sees.
 # The parts in which long prompts are read are short, so that tests need no long ones.
 LLAMA = Case("llama", options={"chunked_prefill_size": 16})
-QWEN3 = Case(
-    "qwen3",
-    {"compressor": "linear", "gate": "draft", "tie_word_embeddings": True},
-    {"chunked_prefill_size": 32},
-)
+QWEN3 = Case("qwen3", {"gate": "draft", "tie_word_embeddings": True}, {"chunked_prefill_size": 32})
 QWEN3_5 = Case("qwen3_5", {"layout": "nested"}, {**KEEPING_STATES, "chunked_prefill_size": 64})
 QWEN3_5_MOE = Case(
     "qwen3_5_moe",
