@@ -18,6 +18,8 @@ os.environ.update(
     SGLANG_MAMBA_CONV_DTYPE="float32",
     # Tiny models: more threads only wait for each other.
     OMP_NUM_THREADS="1",
+    # Without it, a host of one NUMA node may have one rank. Nothing is bound: only builds with kernels of their own do that.
+    SGLANG_CPU_OMP_THREADS_BIND="0|1",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -137,7 +137,10 @@ def after_get_config(
 
     SGLang also looks at configs aside, without the server's changes; only what is read with them is what is served.
     """
-    if layout_of({"model_type": found.model_type, "architectures": found.architectures}) is None:
+    names = {name: getattr(found, name, None) for name in ("model_type", "architectures")}
+    if layout_of(names) is None:
+        if model_override_args is not None:
+            serving.forget()
         return found
     config, has_vision = read(str(model), revision, model_override_args or {}, **options)
     text = for_sglang(config)

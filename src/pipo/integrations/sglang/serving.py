@@ -59,6 +59,12 @@ def serve(config: PipoConfig, has_vision: bool) -> None:
     )
 
 
+def forget() -> None:
+    """Note that this process serves a regular model, whatever it served before."""
+    global _served
+    _served = None
+
+
 def current() -> Served:
     """Where it is known that a PIPO checkpoint is served."""
     assert _served is not None
