@@ -19,6 +19,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
 from pipo.integrations.sglang import grammar, pair_ids
+from pipo.integrations.sglang.graph import SecondPhase
 from pipo.integrations.sglang.hooks import Hook
 from pipo.integrations.sglang.logprobs import join_logprobs
 from pipo.integrations.sglang.serving import current, served
@@ -40,8 +41,14 @@ def around_sample(sample: Sample, runner: Any, logits_output: Any, forward_batch
 
     draws = Draws(sample, runner, forward_batch)
     token1_R = draws(logits_output, slot=0)
-    mtp_hidden_RH = run_mtp(runner, forward_batch, hidden_NH, token1_R, last_R)
-    draft = write_draft(draws, hidden_RH, mtp_hidden_RH, token1_R)
+    graph = getattr(logits_output, "pipo_graph", None)  # where SGLang replayed one
+    if graph is not None:
+        phase = graph.replay(hidden_RH, token1_R)
+        mtp_hidden_RH = phase.mtp_hidden_RH
+    else:
+        phase = None
+        mtp_hidden_RH = run_mtp(runner, forward_batch, hidden_NH, token1_R, last_R)
+    draft = write_draft(draws, hidden_RH, mtp_hidden_RH, token1_R, phase)
     join_logprobs(logits_output, draft.output)
     ids_R = pair_ids.join(token1_R, draft.token_R, draft.committed_R)
     # SGLang ends a request at an id that is none; its neighbours go on.
@@ -98,24 +105,26 @@ class Draft(NamedTuple):
     """Its log-probabilities, where somebody asks; `None` where nothing was drawn."""
 
 
-def write_draft(draws: Draws, hidden_RH: Tensor, mtp_hidden_RH: Tensor, token1_R: Tensor) -> Draft:
-    """Draw token 2 and judge it, and count what the request shows."""
+def write_draft(
+    draws: Draws, hidden_RH: Tensor, mtp_hidden_RH: Tensor, token1_R: Tensor, phase: SecondPhase | None
+) -> Draft:
+    """Draw token 2 and judge it, and count what the request shows. `phase`: what a graph has computed already."""
     rows, model = draws.rows, draws.runner.model
     rows.penalties.count(token1_R)
     nothing = Draft(token1_R, torch.zeros_like(token1_R, dtype=torch.bool))
     if not rows.any_drafts:
         return nothing
-    finite_R = mtp_hidden_RH.isfinite().all(-1)
-    mtp_hidden_RH = mtp_hidden_RH.masked_fill(~finite_R[:, None], 0)
-    committed_R, log_probs_RV = finite_R, None
+    committed_R = finite_R = mtp_hidden_RH.isfinite().all(-1)
     sees_draft = model.confidence_head.draft is not None
     if not sees_draft:
-        committed_R = finite_R & accept(model.confidence(hidden_RH, mtp_hidden_RH), rows.threshold_R)
-    logits_RV = _second_head(draws, mtp_hidden_RH, committed_R)
+        confidence_R = model.confidence(hidden_RH, mtp_hidden_RH) if phase is None else phase.confidence_R
+        committed_R = finite_R & accept(confidence_R, rows.threshold_R)
+    logits_RV = _second_head(draws, mtp_hidden_RH, committed_R) if phase is None else phase.logits_RV
     if logits_RV is None:
         return nothing
-    if sees_draft:  # of the head's own distribution, whatever the draft is drawn from
-        log_probs_RV = torch.log_softmax(logits_RV, dim=-1)
+    logits_RV.masked_fill_(~finite_R[:, None], 0)
+    # Of the head's own distribution, whatever the draft is drawn from.
+    log_probs_RV = torch.log_softmax(logits_RV, dim=-1) if sees_draft else None
     output = LogitsProcessorOutput(next_token_logits=logits_RV)
     with grammar.one_ahead(draws.forward_batch.sampling_info, token1_R) as withheld:
         token_R = draws(output, slot=1)
