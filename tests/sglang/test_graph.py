@@ -11,7 +11,8 @@ from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
 from checkpoints import VOCAB, save_pipo, save_regular
 from pipo.errors import PipoError
-from pipo.integrations.sglang import graph
+from pipo.integrations.sglang import graph, pair_ids, step
+from pipo.integrations.sglang.rows import PairRows
 
 WIDTH = 8
 
@@ -44,7 +45,8 @@ class Backend:
     def replay(self, key, forward_batch):
         run, outputs = self.kept[key]
         for static, new in zip(outputs, run(), strict=True):
-            static.copy_(new + self.spoil)
+            if new is not None:
+                static.copy_(new + self.spoil)
         return outputs
 
     def replay_session(self):
@@ -101,6 +103,51 @@ def test_with_several_ranks_the_first_batch_is_checked(runner, monkeypatch):
     one, _ = captured(runner)
     with pytest.raises(PipoError, match="another"):
         one.replay(torch.randn(2, WIDTH), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("taus", [[0.0, 0.5, 1.5], [1.5, 1.5, 1.5]])
+@pytest.mark.parametrize("sees_draft", [False, True])
+def test_a_pair_is_the_same_with_and_without_a_graph(runner, monkeypatch, sees_draft, taus):
+    """One row's state is not finite: it ends, and the others do not notice."""
+    monkeypatch.setattr(step, "get_parallel", lambda: SimpleNamespace(tp_size=1))
+    monkeypatch.setattr(step, "served", lambda: True)
+    monkeypatch.setattr(step, "current", lambda: SimpleNamespace(vocab_size=VOCAB))
+    model = runner.model_runner.model
+    model.confidence_head = SimpleNamespace(draft=True if sees_draft else None)
+    one, batch = captured(runner)
+    num = len(taus)
+    hidden, logits = torch.randn(num, WIDTH), torch.randn(num, VOCAB)
+    hidden[1, 3] = torch.nan
+    logits[1] = torch.nan
+    neutral = SimpleNamespace(
+        sampling_params=SimpleNamespace(
+            frequency_penalty=0, presence_penalty=0, repetition_penalty=1, min_new_tokens=0, stop_token_ids=None
+        )
+    )
+    reqs = [SimpleNamespace(**vars(neutral), pairs=SimpleNamespace(tokens=[], threshold=tau)) for tau in taus]
+    info = SimpleNamespace(pairs=PairRows.of(reqs, VOCAB, "cpu"), sampling_seed=None, grammars=None)
+    forward = SimpleNamespace(
+        forward_mode=step.ForwardMode.DECODE,
+        positions=batch.positions[:num],
+        sampling_info=info,
+        moe_num_token_non_padded=None,
+    )
+    executor = SimpleNamespace(
+        model=model, attn_backend=None, sampler=SimpleNamespace(_sync_token_ids_across_tp=lambda ids, info: None)
+    )
+
+    def pairs(graph_or_none):
+        output = step.LogitsProcessorOutput(next_token_logits=logits.clone(), hidden_states=hidden)
+        if graph_or_none is not None:
+            output.pipo_graph = graph_or_none
+        return step.around_sample(
+            lambda runner, output, batch: output.next_token_logits.argmax(-1), executor, output, forward
+        )
+
+    plain, graphed = pairs(None), pairs(one)
+    assert torch.equal(plain, graphed)
+    assert plain[1] == pair_ids.pair_id(VOCAB, None)
+    assert (pair_ids.token2(plain) != pair_ids.NO_TOKEN).tolist() == [tau == 0.0 for tau in taus[:1]] + [False] * 2
 
 
 RESOLVE = """

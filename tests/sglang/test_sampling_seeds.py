@@ -17,7 +17,7 @@ def server(tmp_path_factory):
 
 
 def sampled(seed, num, threshold=0.5, **others):
-    return greedy(num, threshold, temperature=1.0, sampling_seed=seed, **others)
+    return greedy(num, threshold, **{"temperature": 1.0, "sampling_seed": seed, **others})
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(server):
