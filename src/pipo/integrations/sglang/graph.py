@@ -25,6 +25,7 @@ from torch import Tensor
 from pipo.errors import PipoError, UnsupportedModelError
 from pipo.integrations.sglang.hooks import Hook
 from pipo.integrations.sglang.serving import served
+from pipo.model.step import finite_rows
 
 TOLERANCE = 0.02
 """Largest difference, in parts of the largest value, that the order of sums may make in half precision."""
@@ -34,10 +35,13 @@ class SecondPhase(NamedTuple):
     """What follows from token 1."""
 
     mtp_hidden_RH: Tensor
-    logits_RV: Tensor
-    """Of token 2, float32."""
-    confidence_R: Tensor | None
-    """`None` where the gate sees the draft."""
+    """`d`, zero where it is not finite."""
+    finite_R: Tensor
+    """bool."""
+    logits_RV: Tensor | None = None
+    """Of token 2, float32; from a graph."""
+    confidence_R: Tensor | None = None
+    """From a graph, unless the gate sees the draft."""
 
 
 class PairGraph:
@@ -64,17 +68,18 @@ class PairGraph:
         self._token1_S[:num].copy_(token1_R)
         if not self._checked:
             self._check()
-        mtp_hidden_SH, logits_SV, confidence_S = self._replay()
-        return SecondPhase(mtp_hidden_SH[:num], logits_SV[:num], None if confidence_S is None else confidence_S[:num])
+        mtp_hidden_SH, finite_S, *rest = self._replay()
+        return SecondPhase(mtp_hidden_SH[:num], finite_S[:num], *(None if one is None else one[:num] for one in rest))
 
+    @torch.no_grad()
     def _run(self) -> SecondPhase:
         model, batch = self._model, self._forward_batch
         with forward_context(ForwardContext(attn_backend=self._attn_backend), forward_batch=batch):
-            mtp_hidden_SH = model.draft(self._token1_S, self._hidden_SH, batch.positions, batch)
+            mtp_hidden_SH, finite_S = finite_rows(model.draft(self._token1_S, self._hidden_SH, batch.positions, batch))
             logits_SV = model.second_logits(mtp_hidden_SH, batch)
             sees_draft = model.confidence_head.draft is not None
             confidence_S = None if sees_draft else model.confidence(self._hidden_SH, mtp_hidden_SH)
-        return SecondPhase(mtp_hidden_SH, logits_SV, confidence_S)
+        return SecondPhase(mtp_hidden_SH, finite_S, logits_SV, confidence_S)
 
     def _replay(self) -> SecondPhase:
         with self._runner.model_context(), self._runner.backend.replay_session():
@@ -91,6 +96,7 @@ class PairGraph:
         for name, one, other in zip(SecondPhase._fields, expected, self._replay(), strict=True):
             if one is None or other is None:
                 continue
+            one, other = one.float().nan_to_num(), other.float().nan_to_num()
             difference, largest = float((one - other).abs().max()), float(one.abs().max())
             if not difference <= TOLERANCE * max(largest, 1e-3):
                 raise PipoError(
