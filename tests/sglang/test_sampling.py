@@ -6,19 +6,26 @@ from math import sqrt
 import pytest
 import torch
 
-from checkpoints import EOS, MARGIN, prompt
+from checkpoints import EOS, MARGIN, prompt, save_pipo
 from pipo import reference
 from served import LLAMA
-from servers import greedy
+from servers import greedy, serving
 
 PART = LLAMA.options["chunked_prefill_size"]
 """Pairs of a long prompt that are read at once."""
+BROKEN = 257
+"""A token whose embedding is not finite."""
 
 
-@pytest.fixture
-def served(llama):
-    llama.server.forget()
-    return llama.model, llama.server
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sampling") / "model"
+    model = save_pipo(folder, "llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BROKEN] = torch.nan
+    model.save_pretrained(folder)
+    with serving(folder, chunked_prefill_size=PART) as server:
+        yield model, server
 
 
 class Writer:
@@ -167,6 +174,19 @@ def pair_probabilities(model, ids, top):
     return found
 
 
+def test_states_that_are_not_finite_end_their_request_alone(served):
+    """In one batch, greedy and sampled: the neighbours neither fall with it nor change, and the server goes on."""
+    model, server = served
+    prompts = [prompt(6, seed=90), [*prompt(4, seed=91), BROKEN, 5], prompt(7, seed=92)]
+    others = [Writer().write(model, ids, 10, 0.5).token_ids for ids in (prompts[0], prompts[2])]
+    for temperature in (0, 1.0):
+        params = [greedy(10, 0.5), greedy(10, 0.5, temperature=temperature), greedy(10, 0.5)]
+        first, broken, last = server.generate(prompts, params)
+        assert [first.token_ids, last.token_ids] == others
+        assert broken.meta["finish_reason"] == {"type": "stop", "matched": "NaN happened"}
+        assert len(broken.token_ids) == 1
+
+
 # --- log-probabilities ---------------------------------------------------------------------------------------------------
 
 
@@ -220,3 +240,28 @@ def test_log_probabilities_beside_requests_that_want_none(served):
         assert [entry[0] for entry in reply.meta["output_token_logprobs"]] == pytest.approx(expected, abs=1e-4)
         if num:
             assert [len(top) for top in reply.meta["output_top_logprobs"]] == [num] * len(tokens)
+
+
+def test_log_probabilities_are_streamed_in_step_with_the_tokens(served):
+    """Through the `openai` client: each chunk brings entries of its own tokens, as many as it shows."""
+    from openai import OpenAI
+
+    model, server = served
+    ids = prompt(9, seed=95)
+    writer = Writer()
+    tokens = writer.write(model, ids, 13, 0.0).token_ids
+    chunks = OpenAI(base_url=f"{server.url}/v1", api_key="none").completions.create(
+        model="default", prompt=ids, max_tokens=13, temperature=0, logprobs=2, stream=True,
+        extra_body={"custom_params": {"threshold": 0}, "ignore_eos": True}, stream_options={"include_usage": True},
+    )  # fmt: skip
+    found, sizes = [], []
+    for chunk in chunks:
+        for choice in chunk.choices:
+            new = choice.logprobs.token_logprobs if choice.logprobs else []
+            found += new
+            sizes.append(len(new))
+        usage = chunk.usage or None
+    expected = [float(writer.logits[index].log_softmax(-1)[token]) for index, token in enumerate(tokens)]
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert usage.completion_tokens == 13
+    assert max(sizes) >= 2  # pairs arrive as pairs

@@ -19,6 +19,7 @@ def load() -> None:
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     from sglang.kernels.ops.attention.fla import layernorm_gated
+    from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     import sgl_kernel  # noqa: F401  (its import registers the operators)
@@ -31,14 +32,24 @@ def load() -> None:
         "sglang.kernels.ops.mamba.mamba_state_scatter_triton._launch_track_mamba_states": _keep_states,
         # The shared expert of Qwen3.5's mixture.
         "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul": _gate_shared_expert,
+        # xgrammar applies its masks on a CPU, but one of SGLang's two ways to ask for that knows GPUs only.
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask": _apply_vocab_mask,
+        # Seeded draws, and the arithmetic that makes a GPU's independent of the batch.
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode": _nothing,
+        "sglang.srt.layers.sampler.multinomial_with_seed": _draw_seeded,
         # A CPU's memory cannot be pinned for a GPU that is not there.
         "torch.Tensor.pin_memory": _unpinned,
     }.items():
         HookRegistry.register(target, stand_in, HookType.REPLACE)
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
 
 
 def _always() -> bool:
     return True
+
+
+def _nothing(*args: object) -> None:
+    pass
 
 
 def _unpinned(tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -68,3 +79,19 @@ def _gate_shared_expert(
     """The shared expert's output times `sigmoid(hidden · weight)`, written or added to `output_TD`."""
     gated = torch.sigmoid((hidden_TD.float() * weight_D.float()).sum(-1, keepdim=True)) * shared_TD
     output_TD.copy_(output_TD + gated if do_add else gated)
+
+
+def _apply_vocab_mask(logits: Tensor, vocab_mask: Tensor) -> None:
+    """Forbid what `vocab_mask`, a bit per token, does not allow."""
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask)
+
+
+def _draw_seeded(logprobs_BV: Tensor, seed_B: Tensor, position_B: Tensor) -> Tensor:
+    """`[B, 1]`: a draw that hangs on the row's seed and position alone."""
+    noise = [
+        torch.rand(logprobs_BV.shape[1], generator=torch.Generator().manual_seed(seed * 1_000_003 + position))
+        for seed, position in zip(seed_B.tolist(), position_B.tolist(), strict=True)
+    ]
+    return (logprobs_BV - (-torch.stack(noise).log()).log()).argmax(-1, keepdim=True)

@@ -23,22 +23,24 @@ from pipo.pairing import draws_drafts
 @contextmanager
 def one_ahead(info: Any, token1_R: Tensor) -> Iterator[list[int]]:
     """Grammars of a batch stand after token 1 as long as this lasts. Gives the rows whose draft must not be committed."""
-    withheld: list[int] = []
-    advanced: list[Any] = []
-    if any(info.grammars or ()):
-        tokens = token1_R.tolist()  # waits for the device
-        for row, grammar in enumerate(info.grammars):
-            if grammar is None or not draws_drafts(info.pairs.thresholds[row]):
-                continue
-            if _advance(grammar, tokens[row]):
-                advanced.append(grammar)
-                if not grammar.is_terminated():
-                    continue
+    if not any(info.grammars or ()):
+        yield []
+        return
+    before, withheld = info.grammars, []
+    advanced: dict[int, Any] = {}
+    for row, (grammar, token) in enumerate(zip(before, token1_R.tolist(), strict=True)):  # waits for the device
+        if grammar is None or not draws_drafts(info.pairs.thresholds[row]):
+            continue
+        if _advance(grammar, token):
+            advanced[row] = grammar
+        if row not in advanced or grammar.is_terminated():
             withheld.append(row)
+    info.grammars = [advanced.get(row) for row in range(len(before))] if advanced else None
     try:
         yield withheld
     finally:
-        for grammar in advanced:
+        info.grammars = before
+        for grammar in advanced.values():
             grammar.rollback(1)
 
 
@@ -82,6 +84,18 @@ def around_prefill(
     req.grammar.finished = req.finished()
 
 
+def around_delayed_sample(launch: Callable[..., Any], scheduler: Any, batch_result: Any, cur_batch: Any) -> Any:
+    """SGLang draws for such a batch once the last result is known, after the scheduler was fenced off what the forward reads.
+
+    The MTP block reads it too, and runs after token 1.
+    """
+    delayed = batch_result is not None and batch_result.delay_sample_func is not None
+    result = launch(scheduler, batch_result, cur_batch)
+    if delayed and served() is not None and scheduler._war_barrier_enabled:
+        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+    return result
+
+
 PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 HOOKS = (
     Hook(f"{PROCESSOR}._accept_grammar_tokens", "around", around_accept, ("self", "req", "tokens")),
@@ -90,5 +104,11 @@ HOOKS = (
         "around",
         around_prefill,
         ("self", "req", "next_token_id", "already_advanced"),
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.launch_batch_sample_if_needed",
+        "around",
+        around_delayed_sample,
+        ("self", "batch_result", "cur_batch"),
     ),
 )

@@ -42,6 +42,7 @@ def table() -> tuple[Hook, ...]:
         arguments,
         config,
         grammar,
+        graph,
         lengths,
         logprobs,
         metrics,
@@ -54,7 +55,7 @@ def table() -> tuple[Hook, ...]:
     )
 
     inward = (config, arguments, updates, admission, requests, lengths)
-    own = (*inward, penalties, rows, step, logprobs, grammar, output, metrics)
+    own = (*inward, graph, penalties, rows, step, logprobs, grammar, output, metrics)
     return tuple(hook for module in own for hook in module.HOOKS)
 
 

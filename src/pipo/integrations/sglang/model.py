@@ -25,6 +25,7 @@ from pipo.integrations.sglang.serving import current
 from pipo.integrations.sglang.weights import Checklist, expected_shapes
 from pipo.model.compressor import Compressor
 from pipo.model.confidence import ConfidenceHead
+from pipo.model.step import finite_rows
 
 
 class MtpBlock(nn.Module):
@@ -100,7 +101,8 @@ class PipoForCausalLM(nn.Module):
         embeddings_TH = self.model.embed_tokens(slots_N2.flatten())
         latents_NH = self.compressor(embeddings_TH[None])[0]
         hidden_NH = self.model(input_ids, positions, forward_batch, latents_NH)
-        output = self.logits_processor(input_ids, hidden_NH, self.lm_head, forward_batch)
+        # A state that is not finite must not reach the draw; `step` ends its request.
+        output = self.logits_processor(input_ids, finite_rows(hidden_NH)[0], self.lm_head, forward_batch)
         output.hidden_states = hidden_NH
         return output
 
