@@ -167,7 +167,11 @@ def around_reasoning(update: Callable[..., None], processor: Any, req: Any, next
 
 
 def remember(req: Any) -> None:
-    """Keep how a finished reply was paired, for the next turn; its last pair may be completed by that."""
+    """Keep how a finished reply was paired, for the next turn; its last pair may be completed by that.
+
+    Ranks of a tensor-parallel group pair alike: SGLang gives each of them the same requests and aborts in the same iteration, and what
+    they write is the same.
+    """
     if not req.output_ids or req.finished_reason.to_json().get("type") == "abort":
         return
     sizes = pair_ids.sizes_of(req.origin_input_ids + req.output_ids)
