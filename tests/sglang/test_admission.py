@@ -48,6 +48,7 @@ NATIVE = [
     ({"sampling_params": greedy(0), "return_logprob": True}, "scoring"),
     ({"sampling_params": greedy(4, "high")}, "finite number, got 'high'"),
     ({"sampling_params": greedy(4, True)}, "finite number, got True"),
+    ({"sampling_params": {"max_new_tokens": 4, "custom_params": "0.5"}}, "must be an object"),
     ({"input_ids": [3, VOCAB]}, f"token id {VOCAB} is not in the vocabulary"),
     ({"input_ids": [3, -1]}, "token id -1 is not in the vocabulary"),
     ({"input_ids": []}, "empty"),

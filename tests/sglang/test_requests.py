@@ -291,6 +291,21 @@ def test_what_is_cancelled_leaves_nothing_behind(served):
     assert reply.token_ids == expected(model, ids, 12, TAU)
 
 
+def test_an_aborted_request_shows_what_it_had_written(served):
+    model, server = served
+    ids = prompt(15, seed=2)
+    chunks = stream(server, ids, greedy(160, TAU), rid="to-be-aborted")
+    seen = [next(chunks) for _ in range(4)]
+    assert requests.post(f"{server.url}/abort_request", json={"rid": "to-be-aborted"}, timeout=10).ok
+    seen += chunks
+    last = seen[-1]["meta_info"]
+    assert last["finish_reason"]["type"] == "abort"
+    assert 4 <= last["completion_tokens"] < 160
+    shown = seen[-1]["output_ids"]
+    assert len(shown) == last["completion_tokens"]
+    assert shown == reference.generate(model, ids, max_tokens=len(shown), threshold=TAU).token_ids
+
+
 # --- counters
 
 

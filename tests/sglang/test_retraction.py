@@ -1,10 +1,14 @@
 """Requests that SGLang sends back for want of memory, and goes on with later: they write what they would have written."""
 
-import pytest
+import json
+from concurrent.futures import ThreadPoolExecutor
 
-from checkpoints import EOS, expected, prompt
+import pytest
+import requests
+
+from checkpoints import EOS, expected, prompt, save_pipo
 from served import TIGHT, start
-from servers import greedy
+from servers import greedy, serving
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +32,32 @@ def test_what_was_written_survives(how, request):
         assert [token for _, token, _ in reply.meta["output_token_logprobs"]] == reply.token_ids
         assert reply.meta["completion_tokens"] == len(reply.token_ids)
         assert reply.meta["num_pairs"] + reply.meta["num_committed"] == len(reply.token_ids)
+
+
+@pytest.fixture(scope="module")
+def streaming(tmp_path_factory):
+    """Each chunk of a stream holds what is new; requests are sent back every fifth step."""
+    folder = tmp_path_factory.mktemp("streams") / "model"
+    model = save_pipo(folder, "llama")
+    often = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
+    with serving(folder, often, incremental_streaming_output=True) as server:
+        yield model, server
+
+
+def test_streams_go_on_where_they_were(streaming):
+    """Each chunk holds what is new, before and after."""
+    model, server = streaming
+    prompts = [prompt(8 + 5 * index, seed=30 + index) for index in range(4)]
+
+    def chunks_of(ids):
+        body = {"input_ids": ids, "sampling_params": greedy(24, 0.5), "stream": True}
+        with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120) as response:
+            lines = [line[6:] for line in response.iter_lines() if line.startswith(b"data: {")]
+        return [json.loads(line) for line in lines]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        streams = list(pool.map(chunks_of, prompts))
+    assert sum(chunks[-1]["meta_info"]["num_retractions"] for chunks in streams) > 0
+    for ids, chunks in zip(prompts, streams, strict=True):
+        assert [token for chunk in chunks for token in chunk["output_ids"]] == expected(model, ids, 24, 0.5)
+        assert max(len(chunk["output_ids"]) for chunk in chunks[:-1]) <= 4

@@ -83,6 +83,8 @@ def threshold_of(custom_params: Mapping[str, Any] | None, default: float) -> flo
     Raises:
         RequestError: it is no finite number.
     """
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise RequestError(f"`custom_params` must be an object, got {custom_params!r}")
     asked = (custom_params or {}).get("threshold")
     if asked is None:
         return default

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from pipo.integrations.sglang.hooks import Hook
-from pipo.integrations.sglang.requests import as_tokens, cached_as_tokens
+from pipo.integrations.sglang.requests import PairRequest, as_tokens
 from pipo.integrations.sglang.serving import served
 from pipo.pairing import TokenCounts
 
@@ -21,11 +21,22 @@ def around_accept(accept: Callable[..., None], accumulator: Any, *, req: Any) ->
         accept(accumulator, req=req)
         return
     num_sent = len(accumulator.rids)
-    with as_tokens(req) as pairs, cached_as_tokens(req):
+    with as_tokens(req) as pairs:
         accept(accumulator, req=req)
     if len(accumulator.rids) > num_sent:
+        put_in_tokens(pairs, accumulator.cached_tokens, accumulator.cached_tokens_details)
         rows = accumulator.customized_info.setdefault(DRAFTS, [])
         rows[num_sent:] = [pairs.counts if req.finished() else None]
+
+
+def put_in_tokens(pairs: PairRequest, cached: list[int], details: list[dict[str, Any] | None]) -> None:
+    """What of the last request's prompt was cached, and in which memory, one part after the other: in tokens instead of pairs."""
+    cached[-1] = pairs.num_prompt_tokens(cached[-1])
+    end = 0
+    for tier in ("device", "host", "storage"):
+        if details[-1] is not None and tier in details[-1]:
+            before, end = end, end + details[-1][tier]
+            details[-1][tier] = pairs.num_prompt_tokens(end) - pairs.num_prompt_tokens(before)
 
 
 def around_meta_info(

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from functools import lru_cache
 from typing import Any
 
 from pipo.errors import RequestError
@@ -21,9 +21,6 @@ from pipo.integrations.sglang.hooks import Hook
 from pipo.integrations.sglang.serving import current, served
 from pipo.pair_memory import Sizes
 from pipo.pairing import TokenCounts, draws_drafts
-
-CACHED = ("cached_tokens", "cached_tokens_device", "cached_tokens_host", "cached_tokens_storage")
-"""What SGLang notes of a prompt's cached part: how long it is, and of what parts it consists, one after the other."""
 
 
 @dataclass
@@ -46,7 +43,7 @@ class PairRequest:
     counts: TokenCounts = field(default_factory=TokenCounts)
     count_reasoning: Callable[[list[int]], None] | None = None
     """Takes the tokens of a step, once it is known which of them are shown."""
-    _cached: tuple[list[int], list[int]] = ([0, 0, 0, 0], [0, 0, 0, 0])
+    _num_prompt_tokens: dict[int, int] = field(default_factory=dict)
 
     def read(self, output_ids: array[int]) -> int:
         """Take new pairs over; how many tokens they hold."""
@@ -67,14 +64,11 @@ class PairRequest:
             self.count_reasoning(self.tokens[before:end].tolist())
             self.count_reasoning = None
 
-    def cached_tokens(self, in_pairs: list[int]) -> list[int]:
-        """The numbers of `CACHED` in tokens. They are asked for at each step, and hardly ever change."""
-        if in_pairs != self._cached[0]:
-            whole, *parts = in_pairs
-            ends = [0, *accumulate(parts)]
-            *at, all_of_it = [int(self.sizes[:end].sum()) for end in [*ends, whole]]
-            self._cached = in_pairs, [all_of_it, *(after - before for before, after in pairwise(at))]
-        return self._cached[1]
+    def num_prompt_tokens(self, num_pairs: int) -> int:
+        """Tokens of the first pairs of the prompt; asked for at each step, for few numbers."""
+        if num_pairs not in self._num_prompt_tokens:
+            self._num_prompt_tokens[num_pairs] = int(self.sizes[:num_pairs].sum())
+        return self._num_prompt_tokens[num_pairs]
 
 
 # --- a request comes in
@@ -85,7 +79,7 @@ def around_init(init: Callable[..., None], req: Any, *args: Any, **kwargs: Any) 
     if served() is None:
         init(req, *args, **kwargs)
         return
-    given = inspect.signature(init).bind(req, *args, **kwargs).arguments
+    given = _signature(init).bind(req, *args, **kwargs).arguments
     prompt = array("q", given["origin_input_ids"])
     sizes = current().memory.sizes(prompt)
     threshold, wrong = current().threshold, None
@@ -99,6 +93,11 @@ def around_init(init: Callable[..., None], req: Any, *args: Any, **kwargs: Any) 
     init(req, **given)
     if wrong is not None:
         req.set_finish_with_abort(wrong)
+
+
+@lru_cache(maxsize=1)
+def _signature(init: Callable[..., None]) -> inspect.Signature:
+    return inspect.signature(init)
 
 
 # --- a step is done
@@ -132,19 +131,6 @@ def as_tokens(req: Any) -> Iterator[PairRequest]:
         req.output_ids, req.origin_input_ids, req.origin_input_ids_unpadded = in_pairs[:3]
         req.sampling_params.max_new_tokens = in_pairs[3]
         req.finished_len = None if req.finished_reason is None else len(req.output_ids)
-
-
-@contextmanager
-def cached_as_tokens(req: Any) -> Iterator[None]:
-    """What of the prompt was cached in tokens instead of pairs, as long as this lasts."""
-    in_pairs = [getattr(req, name) for name in CACHED]
-    for name, value in zip(CACHED, req.pairs.cached_tokens(in_pairs), strict=True):
-        setattr(req, name, value)
-    try:
-        yield
-    finally:
-        for name, value in zip(CACHED, in_pairs, strict=True):
-            setattr(req, name, value)
 
 
 def around_update_finish_state(update: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
@@ -181,7 +167,11 @@ def around_reasoning(update: Callable[..., None], processor: Any, req: Any, next
 
 
 def remember(req: Any) -> None:
-    """Keep how a finished reply was paired, for the next turn; its last pair may be completed by that."""
+    """Keep how a finished reply was paired, for the next turn; its last pair may be completed by that.
+
+    Ranks of a tensor-parallel group pair alike: SGLang gives each of them the same requests and aborts in the same iteration, and what
+    they write is the same.
+    """
     if not req.output_ids or req.finished_reason.to_json().get("type") == "abort":
         return
     sizes = pair_ids.sizes_of(req.origin_input_ids + req.output_ids)
