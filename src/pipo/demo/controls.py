@@ -28,6 +28,7 @@ MODELS = {
     "sft": "PIPO SFT",
     "sft-long": "PIPO SFT control",
     "opd": "PIPO SFT + OPD",
+    "gate": "PIPO SFT + OPD, gate fitted",
     "teacher": "teacher",
 }
 
