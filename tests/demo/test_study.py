@@ -1,5 +1,6 @@
 """The gate study: a killed one goes on, every arm is measured, rules do what they say, the page follows the figures."""
 
+import fcntl
 import json
 import math
 import signal
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pipo.cli.study import app
 from pipo.demo.run import CHECKPOINTS
 from pipo.demo.study.measure import ALWAYS, NEVER, Player, measure, set_thresholds
 from pipo.demo.study.page import Findings, render_page, render_plots
 from pipo.demo.study.plan import FULL, GATES, HEADLINE, MODELS, ORACLE, OWN, PROBABILITY, QUICK, RANDOM, contrasts
 from pipo.demo.study.results import figure
 from pipo.demo.study.rules import right_draft
-from pipo.demo.study.run import main, points_path, seed_folder
+from pipo.demo.study.run import main, points_path, seed_folder, work_on_seed
 from pipo.demo.world import Problem, draw_problems
 from pipo.errors import ConfigError
 
@@ -50,6 +53,21 @@ def test_a_killed_study_goes_on_after_what_was_done(study) -> None:
     assert len(before) > 20
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "gate.md").is_file()
+
+
+def test_a_seed_is_worked_on_by_one_process_alone(study, monkeypatch) -> None:
+    out, before = study
+    page = (out / "gate.md").stat().st_mtime_ns
+    with (seed_folder(out, 0) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            work_on_seed(out, 0, QUICK, Console(quiet=True))
+    work_on_seed(out, 0, QUICK, Console(quiet=True))  # nothing is left to do, and no page to write
+    assert (out / "gate.md").stat().st_mtime_ns == page
+    monkeypatch.setattr("pipo.demo.study.run.work_on_seed", lambda *_: pytest.fail("worked in spite of a wrong option"))
+    found = CliRunner().invoke(app, ["gate", "--quick", "--out", str(out), "--only-seed", "0", "--page", str(out)])
+    assert isinstance(found.exception, ConfigError)
+    assert "--page" in str(found.exception)
 
 
 def test_every_arm_is_measured_at_every_point(study) -> None:
