@@ -56,7 +56,7 @@ def test_a_killed_study_goes_on_after_what_was_done(study) -> None:
 
 
 def test_a_seed_is_worked_on_by_one_process_alone(study, monkeypatch) -> None:
-    out, before = study
+    out, _ = study
     page = (out / "gate.md").stat().st_mtime_ns
     with (seed_folder(out, 0) / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
