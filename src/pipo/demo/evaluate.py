@@ -66,7 +66,7 @@ METHODS: tuple[Method, ...] = (
     Method("speculative", "speculative", "regular", "speculative"),
     *pipo_methods(),
     *(
-        Method("papers-gate", f"paper's gate, τ = {threshold_text(t)}", "papers-gate", "pipo", t)
+        Method("papers-gate", f"paper’s gate, τ = {threshold_text(t)}", "papers-gate", "pipo", t)
         for t in PAPERS_THRESHOLDS
     ),
     Method("teacher", "teacher", "teacher", "regular"),

@@ -27,7 +27,7 @@ from pipo.evaluation.report.template import render_page
 from pipo.reliability import area_under_curve, expected_error, share_bins, tenths
 
 STYLES = {"regular": "s2", "mtp": "s3", "speculative": "s4", "pipo": "s1", "papers-gate": "s6", "teacher": "s5"}
-CURVES = {"pipo": "PIPO, by threshold", "papers-gate": "with the paper's gate"}
+CURVES = {"pipo": "PIPO, by threshold", "papers-gate": "with the paper’s gate"}
 """Methods with a point for each threshold."""
 SHOWN_SAMPLES = 6
 SHOWN_THRESHOLD = 0.95
@@ -234,7 +234,7 @@ def _calibration_note(drafts: Drafts, papers: Drafts) -> str:
     )
     if papers[0]:
         note += (
-            f" The paper's gate, which sees no draft: {_quality(papers)}; it learned how far student and teacher agree, so it doubts "
+            f" The paper’s gate, which sees no draft: {_quality(papers)}; it learned how far student and teacher agree, so it doubts "
             "free choices that are right all the same."
         )
     return note
