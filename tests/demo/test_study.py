@@ -24,6 +24,7 @@ from pipo.demo.study.run import main, points_path, seed_folder, work_on_seed
 from pipo.demo.world import Problem, draw_problems
 from pipo.errors import ConfigError
 
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 PROBLEMS = draw_problems(5, 12, "test")
 
 
@@ -205,6 +206,15 @@ def test_the_page_says_what_the_figures_say(study) -> None:
     assert verdicts == ["reached", "reached on average, the interval does not exclude a miss", "open", "missed"]
     row["tokens_per_step"] = 1.79
     assert Findings(results).claims()[-1]["verdict"] == "too slow"
+
+
+def test_the_published_page_is_that_of_its_figures() -> None:
+    results = json.loads((PUBLISHED / "gate.json").read_text())
+    assert render_page(results) == (PUBLISHED / "gate.md").read_text()
+    for name, plot in render_plots(results).items():
+        assert plot == (PUBLISHED / name).read_text()
+    assert results["num_seeds"] == 3
+    assert results["study"]["num_problems"] == FULL.num_problems
 
 
 def test_plots_show_every_gate(study) -> None:
