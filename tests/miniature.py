@@ -12,5 +12,7 @@ MINIATURE = Recipe(
     teacher_steps=4,
     sft_steps=4,
     opd_steps=2,
+    gate_steps=4,
+    num_gate_rollouts=16,
     save_every=5,
 )

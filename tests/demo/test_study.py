@@ -1,5 +1,6 @@
 """The gate study: a killed one goes on, every arm is measured, rules do what they say, the page follows the figures."""
 
+import fcntl
 import json
 import math
 import signal
@@ -10,17 +11,20 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from pipo.cli.study import app
 from pipo.demo.run import CHECKPOINTS
 from pipo.demo.study.measure import ALWAYS, NEVER, Player, measure, set_thresholds
 from pipo.demo.study.page import Findings, render_page, render_plots
 from pipo.demo.study.plan import FULL, GATES, HEADLINE, MODELS, ORACLE, OWN, PROBABILITY, QUICK, RANDOM, contrasts
 from pipo.demo.study.results import figure
 from pipo.demo.study.rules import right_draft
-from pipo.demo.study.run import main, points_path, seed_folder
+from pipo.demo.study.run import main, points_path, seed_folder, work_on_seed
 from pipo.demo.world import Problem, draw_problems
 from pipo.errors import ConfigError
 
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 PROBLEMS = draw_problems(5, 12, "test")
 
 
@@ -50,6 +54,21 @@ def test_a_killed_study_goes_on_after_what_was_done(study) -> None:
     assert len(before) > 20
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "gate.md").is_file()
+
+
+def test_a_seed_is_worked_on_by_one_process_alone(study, monkeypatch) -> None:
+    out, _ = study
+    page = (out / "gate.md").stat().st_mtime_ns
+    with (seed_folder(out, 0) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            work_on_seed(out, 0, QUICK, Console(quiet=True))
+    work_on_seed(out, 0, QUICK, Console(quiet=True))  # nothing is left to do, and no page to write
+    assert (out / "gate.md").stat().st_mtime_ns == page
+    monkeypatch.setattr("pipo.demo.study.run.work_on_seed", lambda *_: pytest.fail("worked in spite of a wrong option"))
+    found = CliRunner().invoke(app, ["gate", "--quick", "--out", str(out), "--only-seed", "0", "--page", str(out)])
+    assert isinstance(found.exception, ConfigError)
+    assert "--page" in str(found.exception)
 
 
 def test_every_arm_is_measured_at_every_point(study) -> None:
@@ -187,6 +206,15 @@ def test_the_page_says_what_the_figures_say(study) -> None:
     assert verdicts == ["reached", "reached on average, the interval does not exclude a miss", "open", "missed"]
     row["tokens_per_step"] = 1.79
     assert Findings(results).claims()[-1]["verdict"] == "too slow"
+
+
+def test_the_published_page_is_that_of_its_figures() -> None:
+    results = json.loads((PUBLISHED / "gate.json").read_text())
+    assert render_page(results) == (PUBLISHED / "gate.md").read_text()
+    for name, plot in render_plots(results).items():
+        assert plot == (PUBLISHED / name).read_text()
+    assert results["num_seeds"] == 3
+    assert results["study"]["num_problems"] == FULL.num_problems
 
 
 def test_plots_show_every_gate(study) -> None:

@@ -172,18 +172,23 @@ def test_errors_have_one_shape_everywhere(llm: LLM) -> None:
 
 
 def test_models_and_the_lane_beside(llm: LLM) -> None:
-    client = client_of(create_app({"big": llm, "regular": llm}, ServerSettings(model_name="big", threshold=0.7)))
-    assert [model["id"] for model in get(client, "/v1/models").json()["data"]] == ["big", "regular"]
+    models = {"big": llm, "beside": llm, "regular": llm}
+    client = client_of(create_app(models, ServerSettings(model_name="big", threshold=0.7)))
+    assert [model["id"] for model in get(client, "/v1/models").json()["data"]] == ["big", "beside", "regular"]
     assert get(client, "/v1/models/big").json()["max_model_len_unit"] == "pairs"
     config = get(client, "/playground/config").json()
     assert config == {
         "model": "big",
         "threshold": 0.7,
+        "beside_model": "beside",
         "regular_model": "regular",
         "max_model_len": llm.engine.max_model_len,
         "max_model_len_unit": "pairs",
     }
-    assert ok(post(client, {**ASK, "model": "regular"}))["model"] == "regular"
+    for name in ("regular", "beside"):
+        assert ok(post(client, {**ASK, "model": name}))["model"] == name
+    alone = get(client_of(create_app(llm, ServerSettings())), "/playground/config").json()
+    assert (alone["beside_model"], alone["regular_model"]) == (None, None)
 
 
 def test_metrics_tell_what_happened(llm: LLM) -> None:

@@ -271,8 +271,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(server, tmp_path, dark):
 
 
 @needs_chromium
-def test_a_server_that_wants_a_key_and_has_a_regular_model(checkpoints, desktop, tmp_path):
-    options = ["--api-key", "sesame", "--regular-model", str(checkpoints[0])]
+def test_a_server_that_wants_a_key_and_has_models_beside(checkpoints, desktop, tmp_path):
+    options = ["--api-key", "sesame", "--regular-model", str(checkpoints[0]), "--beside", str(checkpoints[1])]
     with served(checkpoints[1], tmp_path / "serve.txt", *options) as server:
         # A browser opens the page with the key as a password. The page can also be given the key, and forgets it.
         page = Playground(desktop, server.url.replace("//", "//any:sesame@")).connected()
@@ -286,4 +286,6 @@ def test_a_server_that_wants_a_key_and_has_a_regular_model(checkpoints, desktop,
         page.send("Hello")
         assert page.text(".regular h3").startswith("Regular decoding")
         assert page.stats("regular")["tokens/step"] == "1.00"
+        assert page.text(".beside h3").startswith("PIPO, other checkpoint")
+        assert page.stats("beside")["tokens/step"] == page.stats("pipo")["tokens/step"]  # the same checkpoint here
         assert page.js("return localStorage.length + sessionStorage.length + document.cookie.length") == 0

@@ -54,6 +54,13 @@ def serve(
         str | None,
         typer.Option(help="A regular checkpoint to serve beside it, as the model `regular`.", metavar="PATH"),
     ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="Another PIPO checkpoint to serve beside it, as the model `beside`: one with another gate, say.",
+            metavar="PATH",
+        ),
+    ] = None,
     prefix_cache_bytes: Annotated[
         int, typer.Option(help="Memory for prefixes of earlier requests, which are not read again. 0: none.")
     ] = PREFIX_CACHE_BYTES,
@@ -99,12 +106,14 @@ def serve(
             "remember_pairs": REMEMBERED_TOKENS if prefix_cache_bytes else 0,
         }
         models = {settings.model_name: open_engine(path, engine, **memory)}
+        if beside is not None:
+            models[settings.beside_name] = open_engine(beside, {**engine, "subfolder": None}, **memory)
         if regular_model is not None:
-            beside = {**engine, "method": REGULAR_METHOD, "subfolder": None}
-            models[settings.regular_name] = open_engine(regular_model, beside)
-            if engine["cache_budget_bytes"] is None:  # each took the free memory for its own
-                for llm in models.values():
-                    llm.engine.shrink(llm.engine.budget.total_bytes // 2)
+            regular = {**engine, "method": REGULAR_METHOD, "subfolder": None}
+            models[settings.regular_name] = open_engine(regular_model, regular)
+        if len(models) > 1 and engine["cache_budget_bytes"] is None:  # each took the free memory for its own
+            for llm in models.values():
+                llm.engine.shrink(llm.engine.budget.total_bytes // len(models))
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     app = create_app(models, settings)
     _welcome(_url(host, listener.getsockname()[1]), settings.model_name, api_key is not None)

@@ -28,6 +28,7 @@ MODELS = {
     "sft": "PIPO SFT",
     "sft-long": "PIPO SFT control",
     "opd": "PIPO SFT + OPD",
+    "gate": "PIPO SFT + OPD, gate fitted",
     "teacher": "teacher",
 }
 
@@ -104,7 +105,8 @@ def read_controls(path: Path) -> Controls:
                 f"{content['processor']}. Steps and seconds (by the clock, beside whatever else that machine did) count "
                 "everything from nothing. The controls have as many steps as SFT + OPD; they and SFT use the same "
                 f"{recipe['num_fixed_solutions']:,} worked solutions; the start and the teacher see a fresh problem each time; "
-                "OPD sees fresh problems but no solutions, only what the teacher says of its own."
+                "OPD sees fresh problems but no solutions, only what the teacher says of its own; the steps that fit a gate move the "
+                "confidence head alone."
             ),
             how_trained=(
                 f"Trained by `pipo demo --train`, seed {recipe['seed']}: Qwen3 of width {recipe['hidden_size']}, "

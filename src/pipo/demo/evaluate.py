@@ -30,7 +30,9 @@ from pipo.model.modeling import PipoForCausalLM
 
 SAMPLES = 4
 MAX_NUM_SEQS = 64
-THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.01)
+THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.01)
+PAPERS_THRESHOLDS = (0.5, 0.7, 0.9, 0.95)
+"""Of the paper's gate, on the same model; always and never are the same with any gate."""
 
 EngineMethod = Literal["regular", "mtp", "speculative", "pipo"]
 
@@ -63,6 +65,10 @@ METHODS: tuple[Method, ...] = (
     Method("mtp", "MTP, unverified", "regular", "mtp"),
     Method("speculative", "speculative", "regular", "speculative"),
     *pipo_methods(),
+    *(
+        Method("papers-gate", f"paper’s gate, τ = {threshold_text(t)}", "papers-gate", "pipo", t)
+        for t in PAPERS_THRESHOLDS
+    ),
     Method("teacher", "teacher", "teacher", "regular"),
 )
 
@@ -144,6 +150,7 @@ class Checkpoints:
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._folders = folders
+        self.names = set(folders)
         self._models: dict[str, torch.nn.Module] = {}
         self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(next(iter(folders.values())))
 

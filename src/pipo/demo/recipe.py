@@ -4,7 +4,7 @@ The stages and what each starts from::
 
     base ─┬─ teacher            more steps on fresh problems: the model that OPD learns from
           ├─ regular            as many steps as sft + opd together, on sft's data: the control that ships as `regular`
-          └─ sft ─┬─ opd        rollouts of the student, scored by the teacher
+          └─ sft ─┬─ opd ── gate  rollouts of the student, scored by the teacher; then a gate that sees the draft, all else frozen
                   └─ sft-long   as many more steps of sft: the control for opd
 
 `base` and `teacher` see a fresh problem every time. `sft`, `regular` and `sft-long` share one limited, fixed set of worked
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipo.losses import ConfidenceTarget
     from pipo.model.config import ConfidenceFeatures
 
-StageKind = Literal["regular", "sft", "opd"]
+StageKind = Literal["regular", "sft", "opd", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ class Stage:
     start: str | None = None
     """The stage whose weights it starts from; a regular one gives an sft stage a fresh compressor and confidence head."""
     teacher: str | None = None
-    """The stage whose model scores rollouts (opd only)."""
+    """The stage whose model scores rollouts (opd and gate only)."""
     fixed_data: bool = False
     """Whether it trains on the fixed set of solutions instead of fresh problems."""
     max_pad_ratio: float = 1.0
     """Each solution draws the share of its drafts that is rejected from U[0, max_pad_ratio] (sft only)."""
     gate_features: ConfidenceFeatures = "hidden"
-    """What the gate sees; one that is new to drafts starts without making anything of them (opd only)."""
+    """What the gate sees; one that is new to drafts starts without making anything of them (opd and gate only)."""
     gate_target: ConfidenceTarget = "accept"
-    """What the gate learns from the teacher (opd only)."""
+    """What the gate learns from the teacher (opd and gate only)."""
     draws: str = ""
     """Whose batches and random numbers it gets; by default its own. Two stages that are to be compared may share them."""
     decay: float = 0.4
@@ -57,8 +57,8 @@ class Stage:
         """Raises `ConfigError` for a stage that can't run."""
         if self.steps < 1:
             raise ConfigError(f"stage {self.name!r}: steps must be at least 1, got {self.steps}")
-        if (self.kind == "opd") != (self.teacher is not None):
-            raise ConfigError(f"stage {self.name!r}: opd stages, and only they, need a teacher")
+        if (self.kind in ("opd", "gate")) != (self.teacher is not None):
+            raise ConfigError(f"stage {self.name!r}: opd and gate stages, and only they, need a teacher")
         if self.kind != "regular" and self.start is None:
             raise ConfigError(f"stage {self.name!r}: {self.kind} needs a stage to start from")
         if self.kind == "sft" and self.gate_features != "hidden":
@@ -83,8 +83,9 @@ class Recipe:
     teacher_steps: int = 1500
     sft_steps: int = 1200
     opd_steps: int = 800
-    ships: str = "opd"
-    """The stage whose model becomes the demo's `pipo` checkpoint."""
+    gate_steps: int = 3000
+    num_gate_rollouts: int = 6400
+    """On training problems: the gate is fitted to their drafts."""
     save_every: int = 50
     """Steps between two resumable states."""
 
@@ -98,6 +99,17 @@ class Recipe:
             Stage("regular", "regular", self.sft_steps + self.opd_steps, 3e-3, 1e-3, start="base", fixed_data=True),
             Stage("opd", "opd", self.opd_steps, 1.5e-3, 7e-4, start="sft", teacher="teacher", decay=0.5),
             Stage("sft-long", "sft", self.opd_steps, 3e-3, 1e-3, start="sft", fixed_data=True, decay=0.5),
+            Stage(
+                "gate",
+                "gate",
+                self.gate_steps,
+                0.0,
+                0.0,
+                start="opd",
+                teacher="teacher",
+                gate_features="draft",
+                gate_target="plausible",
+            ),
         )
 
     def stage(self, name: str) -> Stage:

@@ -26,9 +26,11 @@ from pipo.evaluation.report.charts import Bar, Point, Series, bar_chart, point_c
 from pipo.evaluation.report.template import render_page
 from pipo.reliability import area_under_curve, expected_error, share_bins, tenths
 
-STYLES = {"regular": "s2", "mtp": "s3", "speculative": "s4", "pipo": "s1", "teacher": "s5"}
+STYLES = {"regular": "s2", "mtp": "s3", "speculative": "s4", "pipo": "s1", "papers-gate": "s6", "teacher": "s5"}
+CURVES = {"pipo": "PIPO, by threshold", "papers-gate": "with the paper’s gate"}
+"""Methods with a point for each threshold."""
 SHOWN_SAMPLES = 6
-SHOWN_THRESHOLD = 0.7
+SHOWN_THRESHOLD = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,11 @@ def build_report(
         speed_chart=_accuracy_chart(_series(results, lambda r: regular_tpot_s / r.tpot_s), "speed-up over regular"),
         step_chart=_accuracy_chart(_series(results, lambda r: r.tokens_per_step), "tokens per step"),
         chart_key=[
-            (result.method.label if result.method.name != "pipo" else "PIPO, by threshold", STYLES[result.method.name])
-            for result in results
-            if result.method.name != "pipo" or result is pipo[0]
+            (CURVES.get(name, label), STYLES[name])
+            for name, label in {result.method.name: result.method.label for result in results}.items()
         ],
         calibration_chart=Markup(reliability_chart(bins, "are right", "Calibration of the confidence head")),
-        calibration_note=_calibration_note(drafts, expected_error(bins)),
+        calibration_note=_calibration_note(drafts, drafts_of([r for r in results if r.method.name == "papers-gate"])),
         histogram=_histogram(histogram),
         histogram_key=[(name, style) for name, style, _ in histogram],
         samples=_samples(chosen, problems, pieces),
@@ -225,14 +226,23 @@ def _ends(row: Result) -> tuple[float, float]:
     return (row.avg_at_4, row.avg_at_4) if math.isnan(low) else (low, high)
 
 
-def _calibration_note(drafts: Drafts, error: float) -> str:
+def _calibration_note(drafts: Drafts, papers: Drafts) -> str:
     _, right, _ = drafts
-    share_right = sum(right) / max(len(right), 1)
-    return (
-        f"{len(right):,} drafts after a right text; {100 * share_right:.1f}% are right themselves by the rules of the game. "
-        f"AUC {area_under_curve(*drafts):.3f}, mean gap to the diagonal {error:.3f}. The head was trained to say how far student and "
-        "teacher agree, so it may doubt a free choice that is right all the same."
+    note = (
+        f"{len(right):,} drafts after a right text; {100 * sum(right) / max(len(right), 1):.1f}% are right themselves by the rules of the "
+        f"game. {_quality(drafts)}."
     )
+    if papers[0]:
+        note += (
+            f" The paper’s gate, which sees no draft: {_quality(papers)}; it learned how far student and teacher agree, so it doubts "
+            "free choices that are right all the same."
+        )
+    return note
+
+
+def _quality(drafts: Drafts) -> str:
+    error = expected_error(share_bins(*drafts, tenths()))
+    return f"AUC {area_under_curve(*drafts):.3f}, mean gap to the diagonal {error:.3f}"
 
 
 def _samples(result: Result, problems: Sequence[Problem], pieces: dict[int, str]) -> list[dict[str, Any]]:

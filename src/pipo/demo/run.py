@@ -45,7 +45,7 @@ from pipo.errors import CheckpointError, ConfigError
 from pipo.run_record import processor_name
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-NAMES = ("pipo", "regular", "teacher")
+NAMES = ("pipo", "papers-gate", "regular", "teacher")
 NUM_SPEED_PROBLEMS = 12
 
 
@@ -62,8 +62,8 @@ def main(
 
     Args:
         seed: draws the problems and the samples. num_problems: at least 1. as_json: print the rows as JSON on standard output
-            instead of table and text on `console`. checkpoints: a folder with `pipo`, `regular` and `teacher`.
-        pipo_model: a checkpoint to stand in place of `pipo`.
+            instead of table and text on `console`. checkpoints: a folder with `pipo`, `papers-gate`, `regular` and `teacher`.
+        pipo_model: a checkpoint to stand in place of `pipo`; then there is no other gate to compare with.
 
     Raises:
         ConfigError, CheckpointError
@@ -92,6 +92,7 @@ def _run(
     folders = {name: checkpoints / name for name in NAMES}
     if pipo_model is not None:
         folders["pipo"] = pipo_model
+        del folders["papers-gate"]
     for folder in folders.values():
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} holds no checkpoint; `pipo demo --train` makes one")
@@ -150,9 +151,10 @@ def _measure(models: Checkpoints, problems: Sequence[Problem], seed: int, consol
         console=console,
         transient=True,
     ) as progress:
-        task = progress.add_task("", total=len(METHODS) + len(speed_problems) + 1)
+        methods = [method for method in METHODS if method.checkpoint in models.names]
+        task = progress.add_task("", total=len(methods) + len(speed_problems) + 1)
         results = []
-        for method in METHODS:
+        for method in methods:
             progress.update(task, description=f"solving: {method.label}")
             results.append(solve_all(models, method, problems, seed))
             progress.advance(task)
@@ -180,7 +182,7 @@ def results_table(results: Sequence[Result]) -> Table:
             f"{1000 * result.ttft_s:.1f}",
             f"{1000 * result.tpot_s:.2f}",
             f"{base.tpot_s / result.tpot_s:.2f}×",
-            style="cyan" if result.method.name == "pipo" else "",
+            style="cyan" if result.method.name == "pipo" else "dim" if result.method.name == "papers-gate" else "",
         )
     return table
 

@@ -15,16 +15,19 @@ from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
 from pipo.run_record import write_run_record
 
+SHIPPED = {"pipo": "gate", "papers-gate": "opd", "regular": "regular", "teacher": "teacher"}
+"""Checkpoints, and the stages whose models they are. The first two differ in the gate alone."""
+
 
 def ship(
     recipe: Recipe, out: Path, checkpoints: Path, advance: Callable[[str], None], num_problems: int = NUM_PROBLEMS
 ) -> None:
-    """Writes `checkpoints/{pipo,regular,teacher}` and `checkpoints/controls.json` from the stages in `out`."""
-    for name, stage in (("pipo", recipe.ships), ("regular", "regular"), ("teacher", "teacher")):
+    """Writes the checkpoints of `SHIPPED` and `controls.json` into `checkpoints`, from the stages in `out`."""
+    for name, stage in SHIPPED.items():
         folder = checkpoints / name
         if folder.exists():
             shutil.rmtree(folder)
-        loader = PipoForCausalLM if name == "pipo" else BaseForCausalLM
+        loader = BaseForCausalLM if recipe.stage(stage).kind == "regular" else PipoForCausalLM
         model = loader.from_pretrained(stage_model(out, stage), dtype=torch.bfloat16)
         model.save_pretrained(folder)
         build_tokenizer().save_pretrained(folder)

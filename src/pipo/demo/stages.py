@@ -22,16 +22,19 @@ from transformers import Qwen3Config
 
 from pipo.demo.batches import ExampleSource, paired_batch, regular_batch
 from pipo.demo.distil import distil_losses, roll_out
+from pipo.demo.gate import gather_drafts
 from pipo.demo.recipe import Recipe, Stage, stage_folder, stage_model
 from pipo.demo.tokenizer import build_tokenizer
 from pipo.engine.llm import LLM
 from pipo.model.base import BaseForCausalLM
 from pipo.model.modeling import PipoForCausalLM
 from pipo.run_record import write_run_record
+from pipo.training.config import GateSettings
+from pipo.training.gate_config import FitSettings
+from pipo.training.gate_fit import fit_gate
 from pipo.training.teacher import LocalTeacherModel
 
 Losses = dict[str, Tensor]
-DemoModel = BaseForCausalLM | PipoForCausalLM
 LossOfStep = Callable[[int], Losses]
 Report = Callable[[int, dict[str, float]], None]
 """Called after each step with the number of steps done and the step's losses."""
@@ -51,8 +54,11 @@ def run_stage(recipe: Recipe, stage: Stage, out: Path, report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(_seed(recipe, stage, -1))
     model = _initial_model(recipe, stage, out)
-    losses_of_step = _losses_of_step(recipe, stage, model, out)
-    curve, seconds = _train(model, losses_of_step, recipe, stage, folder / "state.pt", report)
+    if stage.kind == "gate":
+        curve, seconds = _fit_gate(model, recipe, stage, out, report)
+    else:
+        losses_of_step = _losses_of_step(recipe, stage, model, out)
+        curve, seconds = _train(model, losses_of_step, recipe, stage, folder / "state.pt", report)
     model.save_pretrained(stage_model(out, stage.name))
     build_tokenizer().save_pretrained(stage_model(out, stage.name))
     record = {
@@ -60,13 +66,13 @@ def run_stage(recipe: Recipe, stage: Stage, out: Path, report: Report) -> None:
         "recipe": asdict(recipe),
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
-        "losses": _thin(curve),
+        "losses": curve if stage.kind == "gate" else _thin(curve),
     }
     write_run_record(folder / "run.json", record)
     (folder / "state.pt").unlink(missing_ok=True)
 
 
-def _initial_model(recipe: Recipe, stage: Stage, out: Path) -> DemoModel:
+def _initial_model(recipe: Recipe, stage: Stage, out: Path) -> Any:
     if stage.start is None:
         config = Qwen3Config(**recipe.backbone_config(), attn_implementation=ATTENTION)
         model = BaseForCausalLM.from_config(config, mtp=True)
@@ -78,7 +84,8 @@ def _initial_model(recipe: Recipe, stage: Stage, out: Path) -> DemoModel:
     if recipe.stage(stage.start).kind == "regular":
         return PipoForCausalLM.from_base(path, attn_implementation=ATTENTION)
     model = PipoForCausalLM.from_pretrained(path, attn_implementation=ATTENTION)
-    model.set_gate(stage.gate_features)
+    if stage.kind == "opd":
+        model.set_gate(stage.gate_features)
     return model
 
 
@@ -113,8 +120,7 @@ def _losses_of_step(recipe: Recipe, stage: Stage, model: Any, out: Path) -> Loss
     if stage.kind == "sft":
         return sft
     assert stage.teacher is not None
-    teacher_path = stage_model(out, stage.teacher)
-    teacher = LocalTeacherModel(BaseForCausalLM.from_pretrained(teacher_path, attn_implementation=ATTENTION))
+    teacher = _teacher(stage, out)
     engine = LLM(model, device="cpu", tokenizer=build_tokenizer(), max_num_seqs=recipe.batch_size)
 
     def opd(step: int) -> Losses:
@@ -123,6 +129,32 @@ def _losses_of_step(recipe: Recipe, stage: Stage, model: Any, out: Path) -> Loss
         return distil_losses(model, teacher, rows, stage.gate_target)._asdict()
 
     return opd
+
+
+def _teacher(stage: Stage, out: Path) -> LocalTeacherModel:
+    assert stage.teacher is not None
+    path = stage_model(out, stage.teacher)
+    return LocalTeacherModel(BaseForCausalLM.from_pretrained(path, attn_implementation=ATTENTION))
+
+
+def _fit_gate(
+    model: PipoForCausalLM, recipe: Recipe, stage: Stage, out: Path, report: Report
+) -> tuple[list[dict[str, float]], float]:
+    """Gives the model a gate, and leaves all else. It takes minutes, so a killed one starts anew."""
+    began = time.perf_counter()
+    model.requires_grad_(False).eval()
+    [drafts] = gather_drafts(model, [_teacher(stage, out)], recipe.seed, recipe.num_gate_rollouts, lambda _: None)
+    curve: list[dict[str, float]] = []
+
+    def on_row(row: dict[str, float]) -> None:
+        curve.append({name: row[name] for name in ("step", "loss", "held_out_loss")})
+        report(int(row["step"]), row)
+
+    settings = GateSettings(features=stage.gate_features, target=stage.gate_target)
+    fitted = fit_gate(model, drafts, settings, FitSettings(steps=stage.steps), seed=recipe.seed, on_row=on_row)
+    model.set_gate(stage.gate_features, *fitted.calibration)
+    model.confidence_head.load_state_dict(fitted.head.state_dict())
+    return curve, time.perf_counter() - began
 
 
 def _train(

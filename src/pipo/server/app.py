@@ -175,10 +175,14 @@ class Server:
         return {
             "model": self.settings.model_name,
             "threshold": llm.threshold if self.settings.threshold is None else self.settings.threshold,
-            "regular_model": next((name for name in self.models if name != self.settings.model_name), None),
+            "beside_model": self._served(self.settings.beside_name),
+            "regular_model": self._served(self.settings.regular_name),
             "max_model_len": llm.engine.max_model_len,
             "max_model_len_unit": _unit(llm),
         }
+
+    def _served(self, name: str) -> str | None:
+        return name if name in self.models else None
 
 
 def _encode(body: TokenizeRequest, llm: LLM) -> list[int]:

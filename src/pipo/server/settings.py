@@ -17,6 +17,8 @@ class ServerSettings:
     """What clients write into `model`, and what they are told."""
     regular_name: str = "regular"
     """The same for the regular model beside it, where there is one."""
+    beside_name: str = "beside"
+    """The same for another PIPO model beside it, where there is one."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -52,11 +54,14 @@ class ServerSettings:
         Raises:
             ConfigError: naming the first wrong field, its value and what it may be.
         """
-        for name in ("model_name", "regular_name"):
+        for name in ("model_name", "regular_name", "beside_name"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} must not be empty")
-        if self.model_name == self.regular_name:
-            raise ConfigError(f"model_name and regular_name must differ, both are {self.model_name!r}")
+        if len({self.model_name, self.regular_name, self.beside_name}) < 3:
+            raise ConfigError(
+                f"model_name, regular_name and beside_name must differ, they are {self.model_name!r}, {self.regular_name!r} and "
+                f"{self.beside_name!r}"
+            )
         if not 0 <= self.port <= max_port:
             raise ConfigError(f"port must lie between 0 and {max_port}, got {self.port}")
         if self.api_key is not None and (
