@@ -9,7 +9,8 @@ from pipo import LLM, SamplingParams
 from pipo.demo.world import draw_problems
 from servers import serving_by_command
 
-DEMO = Path(__file__).parents[2] / "src/pipo/demo/checkpoints/pipo"
+DEMO = Path(__file__).parents[2] / "src/pipo/demo/checkpoints/papers-gate"
+"""At this τ it commits some drafts of each question and rejects some; the gate that sees the draft rejects none here."""
 QUESTIONS = [problem.text for problem in draw_problems(7, 4, "test")]
 TAU = 0.9
 GREEDY = SamplingParams(temperature=0, max_tokens=120, threshold=TAU)
