@@ -147,6 +147,11 @@ def test_all_of_them_at_once():
         refuse_server(options(pp_size=2, speculative_algorithm="NEXTN"))
 
 
+def test_the_front_end_that_knows_no_admission_is_refused():
+    with pytest.raises(UnsupportedModelError, match="SGLANG_RUST_SERVER"):
+        refuse_server(options(), rust_front_end=True)
+
+
 @pytest.mark.parametrize("value", OFF)
 def test_off_is_served(value):
     refuse_server(options(enable_lora=value, quantization=value, load_format="safetensors", model_impl="sglang"))

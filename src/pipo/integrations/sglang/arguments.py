@@ -72,9 +72,11 @@ SERVED: dict[str, tuple[Any, ...]] = {
 log = logging.getLogger(__name__)
 
 
-def refuse_server(arguments: Any) -> None:
+def refuse_server(arguments: Any, *, rust_front_end: bool = False) -> None:
     """Raise `UnsupportedModelError` for options that PIPO is not served with; it names each, and its value."""
     found = []
+    if rust_front_end:  # it goes past everything that looks at requests
+        found.append("SGLANG_RUST_SERVER (only off)")
     for name, values in SERVED.items():
         value = getattr(arguments, name)
         if value not in values:
@@ -96,11 +98,12 @@ def warn_of_half_precision(arguments: Any, stored: torch.dtype | None) -> None:
 def after_from_server_args(_: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Every process of a server makes its model config from its arguments here, the first before it starts any other."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.environ import envs
 
     now = served()
     if now is not None:
         arguments = resolving_view(server_args)
-        refuse_server(arguments)
+        refuse_server(arguments, rust_front_end=envs.SGLANG_RUST_SERVER.get())
         warn_of_half_precision(arguments, as_dtype(now.config.text_config.dtype or now.config.dtype))
 
 
