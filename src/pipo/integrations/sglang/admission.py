@@ -29,7 +29,6 @@ NOT_SERVED = {
     "return_routed_experts": "routed experts in the answer",
     "return_indexer_topk": "indexer choices in the answer",
     "return_flat_raw_top_logprobs": "log-probabilities of the prompt",
-    "max_thinking_tokens": "a limit on thoughts",
     "multi_item_delimiter_indices": "scoring of prompts",
     "token_indices_to_pool": "scoring of prompts",
     "bootstrap_host": "prefill and decoding on different servers",
