@@ -22,7 +22,7 @@ SHORT = ("--max-tokens", 40, "--temperature", 1)
 @pytest.fixture
 def model(tmp_path) -> Path:
     """A copy of the demo's checkpoint, which may be written to."""
-    return Path(shutil.copytree(DEMO / "pipo", tmp_path / "model"))
+    return Path(shutil.copytree(DEMO / "papers-gate", tmp_path / "model"))
 
 
 @pytest.fixture
