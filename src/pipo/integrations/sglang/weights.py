@@ -23,7 +23,7 @@ from pipo.model.modeling import PipoForCausalLM
 
 Shape = tuple[int, ...]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-WHOLE_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+STORED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that weights are stored in; others are quantised."""
 
 
@@ -65,7 +65,7 @@ class Checklist:
                 continue
             name = module_name(stored)
             if self._has_place(name, tuple(tensor.shape)):
-                if tensor.dtype not in WHOLE_NUMBERS:
+                if tensor.dtype not in STORED_TYPES:
                     raise CheckpointError(f"{stored} is {tensor.dtype}; quantised weights are not read")
                 if name in self._tied:
                     self._compare_tied(tensor)
