@@ -8,6 +8,7 @@
     ├── SandboxError            a program of a model could not be run, which says nothing about the program
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     ├── EndpointError           a server that a run depends on can't be reached, or does not answer as it should
+    ├── PeerError               an engine of others that a benchmark compares with is not installed, or failed
     ├── TrainingError           a run of training can't go on
     └── RequestError            a generation request that can't be served as asked
         └── ContextLengthError  its prompt leaves no room to generate
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "EndpointError",
     "PairingError",
+    "PeerError",
     "PipoError",
     "RequestError",
     "SandboxError",
@@ -64,6 +66,10 @@ class UnsupportedModelError(PipoError, ValueError):
 
 class EndpointError(PipoError, ValueError):
     """A server that a run depends on can't be reached or does not answer as it should; the message names its address and words."""
+
+
+class PeerError(PipoError, ValueError):
+    """An engine of others that a benchmark compares with is not installed, can't run the model, or failed; the message has its words."""
 
 
 class TrainingError(PipoError, ValueError):
