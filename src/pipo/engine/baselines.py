@@ -7,6 +7,7 @@ Shape legend: B rows, T new tokens, H width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -26,6 +27,7 @@ from pipo.model.sampling import (
     TOKEN1,
     TOKEN2,
     VERIFY,
+    Verdict,
     probabilities,
     process_logits,
     sample,
@@ -190,6 +192,8 @@ class SpeculativeRunner(BaseRunner):
 
     def __init__(self, model: BaseForCausalLM) -> None:
         super().__init__(model)
+        self.verify: Callable[..., Verdict] = speculative_verify
+        """What judges drafts. A benchmark puts a given share of acceptance here."""
         self._forget_drafts()
 
     def _forget_drafts(self) -> None:
@@ -252,7 +256,7 @@ class SpeculativeRunner(BaseRunner):
         )
         batch, position_B = rows.batch, rows.position_B
         target_BV = process_logits(logits_B2V[:, 0], batch, rows.history, rows.num_tokens_B)
-        verdict = speculative_verify(
+        verdict = self.verify(
             probabilities(target_BV, batch),
             self._draft_probabilities_BV,
             self._draft_B,
