@@ -20,14 +20,17 @@ ALLOWED: dict[str, set[str]] = {
     "losses": FOUNDATION,
     "model": FOUNDATION | {"losses"},
     "run_record": set(),
+    "pages": {"reliability"},
     "reference": FOUNDATION | {"losses", "model"},
     "data": FOUNDATION | {"losses", "model"},
     "engine": FOUNDATION | {"losses", "model", "data", "pair_memory"},
     "training": FOUNDATION | {"losses", "model", "data", "run_record", "reliability"},
     "server": FOUNDATION | {"losses", "model", "data", "engine", "training"},
-    "evaluation": FOUNDATION | {"data", "engine", "run_record", "reliability"},
-    "bench": FOUNDATION | {"losses", "model", "data", "engine", "training", "run_record"},
-    "demo": FOUNDATION | {"losses", "model", "data", "engine", "training", "evaluation", "run_record", "reliability"},
+    "evaluation": FOUNDATION | {"data", "engine", "run_record", "reliability", "pages"},
+    "bench": FOUNDATION | {"losses", "model", "data", "engine", "training", "run_record", "pages"},
+    "demo": FOUNDATION
+    | {"losses", "model", "data", "engine", "training", "evaluation", "run_record", "reliability"}
+    | {"pages"},
     "integrations": FOUNDATION | {"losses", "model", "pair_memory"},
     "cli": FOUNDATION
     | {"losses", "model", "reference", "data", "engine", "training", "server", "evaluation", "bench", "demo"}

@@ -139,10 +139,10 @@ class Results(Generic[R]):
 
 
 def write_results(path: Path, results: Results[Any]) -> None:
-    """Write a run's file whole, or leave the one that is there; with this process's command line, versions and hardware."""
+    """Write a run's file whole, or leave the one that is there; of a run without a record, this process's."""
     content = asdict(results)
-    content.pop("record")
-    write_json(path, {**describe_session(), **content})
+    record = content.pop("record") or describe_session()
+    write_json(path, {**record, **content})
 
 
 def read_results(path: Path, kind: str, row_type: type[R]) -> Results[R]:

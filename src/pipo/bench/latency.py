@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from pipo.bench.cost import COST_METHODS, Machine, StepCost, decode_cost, prefill_cost
-from pipo.bench.grid import Point, Row
-from pipo.bench.subjects import DRAFTERS, Subject, random_prompts
+from pipo.bench.grid import Point, Results, Row
+from pipo.bench.machine import measure_machine
+from pipo.bench.sizes import ModelSizes, model_sizes
+from pipo.bench.subjects import DRAFTERS, METHODS, Setting, Subject, open_subjects, random_prompts
 from pipo.errors import ConfigError
+from pipo.run_record import describe_session
 
 SETTLE_STEPS = 2
 WARM_CONTEXT = 128
@@ -49,37 +53,72 @@ class Timing:
     tokens_per_step: float
 
 
-def check_points(subjects: Sequence[Subject], points: Sequence[Point], effort: Effort) -> None:
-    """Raise `ConfigError` for a point that is beyond what a model can hold."""
+def bench_latency(
+    setting: Setting,
+    points: Sequence[Point],
+    effort: Effort,
+    *,
+    save: Callable[[Results[Row]], None] = lambda results: None,
+    report: Callable[[int], None] = lambda num_runs: None,
+) -> Results[Row]:
+    """Measure a grid of points, the machine before and after it.
+
+    Args:
+        save: called with what there is after every point, and at the end.
+        report: called after every run with how many there are in all, those that warm up included.
+
+    Raises:
+        ConfigError: a point that is beyond what a model can hold; nothing has been measured then.
+    """
+    subjects = open_subjects(setting, max_num_seqs=max(point.batch for point in points))
+    num_steps = SETTLE_STEPS + effort.num_steps
     for subject in subjects:
         for point in points:
-            subject.check_room(point.context, SETTLE_STEPS + effort.num_steps)
-
-
-def measure_points(
-    subjects: Sequence[Subject], points: Sequence[Point], effort: Effort, report: Callable[[], None] = lambda: None
-) -> Iterator[list[Row]]:
-    """The rows of each point in turn, without floors; `report` is called after every run, `runs_of` times in all."""
+            subject.check_room(point.context, num_steps)
+    num_runs = len(subjects) * len(points) * (1 + effort.num_rounds)
+    sizes = model_sizes(subjects[0].config, subjects[-1].compressor)
+    device, dtype = subjects[0].llm.model.device, subjects[0].llm.model.dtype
+    machine = measure_machine(device, dtype)
+    results: Results[Row] = Results(
+        kind="latency",
+        shape=setting.shape,
+        models=setting.models,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        machine=asdict(machine),
+        record=describe_session(),
+    )
     for point in points:
-        yield _measure_point(subjects, point, effort, report)
+        rows = _measure_point(subjects, point, effort, lambda: report(num_runs))
+        results = results.with_rows([*results.rows, *(with_floor(row, sizes, machine, dtype.itemsize) for row in rows)])
+        save(results)
+    after = measure_machine(device, dtype)
+    best = best_of(machine, after)
+    rows = [with_floor(row, sizes, best, dtype.itemsize) for row in results.rows]
+    results = replace(results, rows=tuple(rows), machine_after=asdict(after), complete=True)
+    save(results)
+    return results
 
 
-def runs_of(subjects: Sequence[Subject], points: Sequence[Point], effort: Effort) -> int:
-    """How many runs that takes, those that warm up included."""
-    return len(subjects) * len(points) * (1 + effort.num_rounds)
+def best_of(first: Machine, second: Machine) -> Machine:
+    """What a machine could do at its better of two times: a floor is of what it can do."""
+    return replace(
+        first,
+        bytes_per_s=max(first.bytes_per_s, second.bytes_per_s),
+        flops_per_s=max(first.flops_per_s, second.flops_per_s),
+    )
 
 
-def _measure_point(
-    subjects: Sequence[Subject], point: Point, effort: Effort, report: Callable[[], None]
-) -> list[Row]:
+def _measure_point(subjects: Sequence[Subject], point: Point, effort: Effort, report: Callable[[], None]) -> list[Row]:
     num_steps = SETTLE_STEPS + effort.num_steps
     errors = {s.method: s.why_too_many(point.batch, point.context, num_steps) for s in subjects}
     rounds: dict[str, list[Timing]] = {subject.method: [] for subject in subjects}
     for turn in range(effort.num_rounds + 1):
         for subject in subjects:
             if errors[subject.method] is None:
+                where, steps = (point, effort.num_steps) if turn else (_warm(subject, point), 1)
                 try:
-                    timing = time_batch(subject, _warm(subject, point), 1) if turn == 0 else time_batch(subject, point, effort.num_steps)
+                    timing = time_batch(subject, where, steps)
                 except torch.OutOfMemoryError as error:
                     errors[subject.method] = str(error).splitlines()[0]
                 else:
@@ -97,10 +136,9 @@ def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
     """Run one batch from a fresh engine; nothing of it is left behind."""
     engine = subject.llm.engine
     prompts = random_prompts(subject.llm.vocab_size, point.batch, point.context)
-    max_tokens = 2 * (SETTLE_STEPS + num_steps + 2)
     gc.collect()
     start = time.perf_counter()
-    samples = [subject.prepare(prompt, max_tokens) for prompt in prompts]
+    samples = [subject.prepare(prompt) for prompt in prompts]
     try:
         engine.add(samples)
         while not all(sample.token_ids for sample in samples):
@@ -113,6 +151,10 @@ def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
             engine.step()
         end = time.perf_counter()
         per_row = (sum(len(sample.token_ids) for sample in samples) - before) / point.batch
+        if len(engine.running) < point.batch:
+            raise ConfigError(
+                f"only {len(engine.running)} of {point.batch} requests of {point.context} tokens run together: ask for less"
+            )
     finally:
         for sample in samples:
             engine.abort(sample.request_id)
@@ -150,18 +192,16 @@ def _check_commit(subject: Subject, commit: float | None, effort: Effort) -> Non
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def with_floors(rows: Sequence[Row], subjects: Sequence[Subject], machine: Machine) -> list[Row]:
-    """The rows with their floors and ceilings on `machine`; those of peers are as regular decoding's."""
-    by_method = {subject.method: subject for subject in subjects}
-    return [_with_floor(row, by_method.get(row.method), subjects[0], machine) for row in rows]
+def with_floor(row: Row, sizes: ModelSizes, machine: Machine, bytes_per: float) -> Row:
+    """The row with its floors and ceilings on `machine`; a peer's are those of regular decoding.
 
-
-def _with_floor(row: Row, subject: Subject | None, any_subject: Subject, machine: Machine) -> Row:
-    method = "regular" if subject is None else subject.method
+    Args:
+        bytes_per: of a number, in weights and cache.
+    """
+    method = row.method if row.method in METHODS else "regular"
     if row.error is not None or method not in COST_METHODS:
         return row
-    about = subject or any_subject
-    regular, cost = _costs(about, "regular", row), _costs(about, method, row)
+    regular, cost = (_costs(sizes, name, row, bytes_per) for name in ("regular", method))
     prefill_s, regular_prefill_s = machine.floor_s(cost[0]), machine.floor_s(regular[0])
     return replace(
         row,
@@ -172,12 +212,12 @@ def _with_floor(row: Row, subject: Subject | None, any_subject: Subject, machine
     )
 
 
-def _costs(subject: Subject, method: str, row: Row) -> tuple[StepCost, StepCost]:
+def _costs(sizes: ModelSizes, method: str, row: Row, bytes_per: float) -> tuple[StepCost, StepCost]:
     """Of the prefill, and of a step in the middle of what was timed."""
-    size = subject.llm.model.dtype.itemsize
     commit = 1.0 if row.commit is None else min(1.0, max(0.0, row.commit))
-    more = {"commit": commit, "draft_vocab": row.draft_vocab, "compressor": subject.compressor}
-    sizes = {"weight_bytes_per": float(size), "cache_bytes_per": float(size)}
-    middle = row.context + (SETTLE_STEPS + (row.num_steps or 0) / 2) * (1 + (0 if method == "regular" else commit))
-    prefill = prefill_cost(subject.config, method, row.batch, row.context, **more, **sizes)  # type: ignore[arg-type]
-    return prefill, decode_cost(subject.config, method, row.batch, middle, **more, **sizes)  # type: ignore[arg-type]
+    per_step = 1.0 if row.commit is None else 1.0 + commit
+    middle = row.context + (SETTLE_STEPS + (row.num_steps or 0) / 2) * per_step
+    more: dict[str, Any] = {"commit": commit, "draft_vocab": row.draft_vocab}
+    more |= {"weight_bytes_per": bytes_per, "cache_bytes_per": bytes_per}
+    prefill = prefill_cost(sizes, method, row.batch, row.context, **more)
+    return prefill, decode_cost(sizes, method, row.batch, middle, **more)

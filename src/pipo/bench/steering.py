@@ -57,8 +57,8 @@ def steer_gate(model: PipoForCausalLM, commit: float, seed: int = 0) -> float:
         return NEVER if commit == 0.0 else ALWAYS
     share, judge = GivenShare(commit, model.device, seed), model.confidence
 
-    def confidence(hidden: Tensor, mtp_hidden: Tensor, features: Tensor | None = None) -> Tensor:
-        judged_B = judge(hidden, mtp_hidden, features)
+    def confidence(hidden_BLH: Tensor, mtp_hidden_BLH: Tensor, features_BL3: Tensor | None = None) -> Tensor:
+        judged_B = judge(hidden_BLH, mtp_hidden_BLH, features_BL3)
         return torch.where(share.draw(len(judged_B)), judged_B.clamp_min(1.0), judged_B.clamp_max(0.0))
 
     model.confidence = confidence  # type: ignore[method-assign]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from pipo.bench.steering import ALWAYS, NEVER, check_rate, steer_gate, steer_verification
+from pipo.bench.steering import check_rate, steer_gate, steer_verification
 from pipo.bench.weights import random_causal_lm, sharing_weights
 from pipo.engine.baselines import SpeculativeRunner
-from pipo.engine.llm import BASELINES, LLM
+from pipo.engine.llm import LLM
 from pipo.engine.loading import kind_of, load_model
 from pipo.engine.request import SamplingParams
 from pipo.engine.sequence import Sequence as Sample
@@ -69,7 +69,9 @@ class Setting:
             shape_config(self.shape)
         unknown = [method for method in self.methods or () if method not in METHODS]
         if unknown or self.methods == ():
-            raise ConfigError(f"methods must be some of {', '.join(METHODS)}, got {unknown[0] if unknown else 'none'!r}")
+            raise ConfigError(
+                f"methods must be some of {', '.join(METHODS)}, got {unknown[0] if unknown else 'none'!r}"
+            )
         if self.commit is not None and self.threshold is not None:
             raise ConfigError("commit and threshold both say which drafts are committed: give one of them")
         for name, rate in (("commit", self.commit), ("acceptance", self.acceptance)):
@@ -111,11 +113,11 @@ class Subject:
         model = self.llm.model
         return model.config.compressor_type if isinstance(model, PipoForCausalLM) else "mlp"
 
-    def params(self, max_tokens: int) -> SamplingParams:
-        """Greedy, to the end."""
+    def params(self, max_tokens: int | None = None) -> SamplingParams:
+        """Greedy, to the end; by default until the context is full."""
         return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, threshold=self.threshold)
 
-    def prepare(self, prompt_ids: Sequence[int], max_tokens: int) -> Sample:
+    def prepare(self, prompt_ids: Sequence[int], max_tokens: int | None = None) -> Sample:
         """One request, which arrives now."""
         return self.llm.prepare({"prompt_token_ids": list(prompt_ids)}, self.params(max_tokens))[0]
 
@@ -177,7 +179,9 @@ def _checkpoint_models(setting: Setting) -> list[tuple[str, AnyModel]]:
     folders = [find_checkpoint(path) for path in setting.models]
     kinds = [kind_of(folder) for folder in folders]
     if len(set(kinds)) < len(kinds):
-        raise ConfigError(f"of {', '.join(setting.models)} two are of one kind: name a regular one, a PIPO one, or both")
+        raise ConfigError(
+            f"of {', '.join(setting.models)} two are of one kind: name a regular one, a PIPO one, or both"
+        )
     by_kind = dict(zip(kinds, folders, strict=True))
     default = [method for method, kind in (("regular", "base"), ("pipo", "pipo")) if kind in by_kind]
     methods = setting.methods or tuple(default)
@@ -186,9 +190,11 @@ def _checkpoint_models(setting: Setting) -> list[tuple[str, AnyModel]]:
     for method in methods:
         kind = "pipo" if method == "pipo" else "base"
         if kind not in by_kind:
-            raise ConfigError(f"{method} needs a {'PIPO' if kind == 'pipo' else 'regular'} checkpoint, and none was named")
+            raise ConfigError(
+                f"{method} needs a {'PIPO' if kind == 'pipo' else 'regular'} checkpoint, and none was named"
+            )
         if kind not in loaded or (method in DRAFTERS and getattr(loaded[kind], "mtp", None) is None):
-            loaded[kind] = load_model(by_kind[kind], method, setting.device, setting.dtype, None)  # type: ignore[index]
+            loaded[kind] = load_model(by_kind[kind], method, setting.device, setting.dtype, None)
         found.append((method, sharing_weights(loaded[kind])))
     return found
 

@@ -67,23 +67,24 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-def _option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
+def option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
+    """One option of a group, for :func:`takes`; `args` and `settings` as `typer.Option` takes them."""
     annotation = Annotated[kind, typer.Option(*args, rich_help_panel=panel, **settings)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _sampling(name: str, kind: Any, help: str, *args: str, **settings: Any) -> inspect.Parameter:
     default = SamplingParams.__dataclass_fields__[name].default
-    return _option(name, kind, default, "Sampling", *args, help=help, **settings)
+    return option(name, kind, default, "Sampling", *args, help=help, **settings)
 
 
 def _task_sampling(name: str, kind: Any, help: str) -> inspect.Parameter:
     panel = "Sampling (as the task says, unless given)"
-    return _option(name, kind, None, panel, help=help, show_default="the task's")
+    return option(name, kind, None, panel, help=help, show_default="the task's")
 
 
 def _engine(name: str, kind: Any, default: Any, help: str, *args: str, **settings: Any) -> inspect.Parameter:
-    return _option(name, kind, default, "Engine", *args, help=help, **settings)
+    return option(name, kind, default, "Engine", *args, help=help, **settings)
 
 
 SAMPLING_OPTIONS = (
@@ -150,7 +151,7 @@ TASK_SAMPLING_OPTIONS = (
 )
 
 
-def _takes(command: Command, group: str, options: Sequence[inspect.Parameter]) -> Command:
+def takes(command: Command, group: str, options: Sequence[inspect.Parameter]) -> Command:
     """`command` with `options` in place of its parameter `group`, which receives their values as a dict."""
     signature = inspect.signature(command, eval_str=True)
     kept = [parameter for parameter in signature.parameters.values() if parameter.name != group]
@@ -169,7 +170,7 @@ def _takes(command: Command, group: str, options: Sequence[inspect.Parameter]) -
 
 def takes_sampling(command: Command) -> Command:
     """Give `command` the sampling options; their values arrive as its parameter `sampling`."""
-    return _takes(command, "sampling", SAMPLING_OPTIONS)
+    return takes(command, "sampling", SAMPLING_OPTIONS)
 
 
 def takes_task_sampling(command: Command) -> Command:
@@ -179,17 +180,17 @@ def takes_task_sampling(command: Command) -> Command:
         command(**values, sampling={name: value for name, value in sampling.items() if value is not None})
 
     functools.update_wrapper(chosen, command)
-    return _takes(chosen, "sampling", TASK_SAMPLING_OPTIONS)
+    return takes(chosen, "sampling", TASK_SAMPLING_OPTIONS)
 
 
 def takes_engine(command: Command) -> Command:
     """Give `command` the engine options; their values arrive as its parameter `engine`."""
-    return _takes(command, "engine", ENGINE_OPTIONS)
+    return takes(command, "engine", ENGINE_OPTIONS)
 
 
 def takes_engine_without_method(command: Command) -> Command:
     """As :func:`takes_engine`, for a command with a `--method` of its own."""
-    return _takes(command, "engine", [option for option in ENGINE_OPTIONS if option.name != "method"])
+    return takes(command, "engine", [option for option in ENGINE_OPTIONS if option.name != "method"])
 
 
 def chosen_engine_options(engine: dict[str, Any]) -> list[str]:

@@ -70,6 +70,16 @@ def progress(message: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def growing_progress(message: str) -> Iterator[Callable[[int], None]]:
+    """As :func:`progress`, where the body knows only later how many steps there are: it says so at each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    screen = console()
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(message, total=None)
+        yield lambda total: bar.update(task, total=total, advance=1)
+
+
+@contextmanager
 def working(message: str) -> Iterator[None]:
     """Show `message` with a spinner on stderr while the body runs; on a stderr that is no terminal, show nothing."""
     with console().status(message):

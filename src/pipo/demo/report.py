@@ -22,8 +22,8 @@ from pipo.demo.evaluate import (
     threshold_text,
 )
 from pipo.demo.world import Problem, solve
-from pipo.evaluation.report.charts import Bar, Point, Series, bar_chart, point_chart, reliability_chart
-from pipo.evaluation.report.template import render_page
+from pipo.pages.charts import Bar, Point, Series, bar_chart, point_chart, reliability_chart
+from pipo.pages.template import render_page
 from pipo.reliability import area_under_curve, expected_error, share_bins, tenths
 
 STYLES = {"regular": "s2", "mtp": "s3", "speculative": "s4", "pipo": "s1", "papers-gate": "s6", "teacher": "s5"}

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from pipo.evaluation.cells import Calibration, Cell
-from pipo.evaluation.report.charts import (
+from pipo.evaluation.report.entries import Entry, spread
+from pipo.evaluation.settings import Method
+from pipo.evaluation.statistics import Estimate
+from pipo.pages.charts import (
     Bar,
     Point,
     Series,
@@ -19,9 +22,6 @@ from pipo.evaluation.report.charts import (
     point_chart,
     reliability_chart,
 )
-from pipo.evaluation.report.entries import Entry, spread
-from pipo.evaluation.settings import Method
-from pipo.evaluation.statistics import Estimate
 from pipo.reliability import Bin
 
 SHAPES: Mapping[Method, Shape] = {

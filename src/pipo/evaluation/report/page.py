@@ -16,9 +16,10 @@ from pipo.evaluation.report.figures import Figure, Figures, confidences, reliabi
 from pipo.evaluation.report.provenance import benchmarks_table, facts, hardware_of, notes_of
 from pipo.evaluation.report.runs import Run, read_runs
 from pipo.evaluation.report.tables import Tables
-from pipo.evaluation.report.template import read_asset, render_page
 from pipo.evaluation.report.transcripts import transcripts
+from pipo.pages.template import read_asset, render_page
 
+PACKAGE = "pipo.evaluation.report"
 NUM_LANES = 3
 """Transcripts of a question that stand side by side at first."""
 JUDGED = {
@@ -44,14 +45,14 @@ def build_page(runs: Sequence[Run]) -> str:
     tasks = titles_of(runs)
     tables = Tables(found, tasks)
     figures = Figures(found, tasks, tables.accuracy)
-    script = read_asset("page.js")
+    script = read_asset(PACKAGE, "page.js")
     content: dict[str, Any] = {
         "title": _title(found),
         "lead": _lead(runs, found, tasks),
         "notes": notes_of(runs, found, tasks),
         "script": Markup(script),
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        "page_style": Markup(read_asset("page.css")),
+        "page_style": Markup(read_asset(PACKAGE, "page.css")),
         "num_tasks": len(tasks),
         "accuracy": tables.accuracy,
         "measures": _measures(tables),
@@ -66,7 +67,7 @@ def build_page(runs: Sequence[Run]) -> str:
         "made": facts(runs),
     }
     content["contents"] = [(name, text) for name, text, shown in SECTIONS if shown is None or content[shown]]
-    return render_page(read_asset("page.html.j2"), **content)
+    return render_page(read_asset(PACKAGE, "page.html.j2"), **content)
 
 
 SECTIONS = (

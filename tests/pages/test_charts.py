@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipo.evaluation.report.charts import Bar, Frame, Point, Series, bar_chart, point_chart, reliability_chart, ticks
 from pipo.evaluation.results import Bin
+from pipo.pages.charts import Bar, Frame, Point, Series, bar_chart, point_chart, reliability_chart, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -129,7 +129,7 @@ def point_chart(
             body.append(f'<polyline class="line {one.style}" points="{path}"/>')
         body += [_marked(frame, point, one, below=index % 2 == 1) for index, point in enumerate(some)]
     body += _ends(frame, [(some[-1], one.end) for one, some in zip(series, shown, strict=True) if some and one.end])
-    return _svg(body, title)
+    return svg(body, title)
 
 
 def _ends(frame: Frame, ends: Sequence[tuple[Point, str]]) -> list[str]:
@@ -192,7 +192,7 @@ def reliability_chart(bins: Sequence[Bin], meaning: str, title: str) -> str:
             f'<g class="s1"><title>{hint}</title><circle class="dot soft" cx="{frame.x(one.mean):.1f}" '
             f'cy="{frame.y(one.share / 100):.1f}" r="{radius:.1f}"/></g>'
         )
-    return _svg(body, title)
+    return svg(body, title)
 
 
 def bar_chart(
@@ -215,10 +215,11 @@ def bar_chart(
                     f'<rect class="bar {style}" x="{x + 0.5:.1f}" y="{y:.1f}" width="{frame.x(bar.high) - x - 1:.1f}" '
                     f'height="{frame.y(0) - y:.1f}"><title>{escape(bar.hint)}</title></rect>'
                 )
-    return _svg(body, title)
+    return svg(body, title)
 
 
-def _svg(body: Sequence[str], title: str) -> str:
+def svg(body: Sequence[str], title: str) -> str:
+    """A drawing of its parts."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'

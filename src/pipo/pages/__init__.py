@@ -1,0 +1,1 @@
+"""Pages that stand alone: one style, templates that escape, charts as inline SVG. No torch."""
