@@ -75,7 +75,9 @@ def test_rows_are_complete(tmp_path: Path) -> None:
     """Breaks when a figure that is promised is missing, or a floor is not that of the machine at its better time."""
     seen = []
     points = [Point(1, 4), Point(2, 9)]
-    results = bench_latency(SETTING, points, Effort(4, 2), save=lambda r: seen.append(len(r.rows)), report=lambda n: None)
+    results = bench_latency(
+        SETTING, points, Effort(4, 2), save=lambda r: seen.append(len(r.rows)), report=lambda n: None
+    )
     assert seen == [3, 6, 6]
     assert results.complete
     assert [(row.method, row.point) for row in results.rows] == [(m, p) for p in points for m in SETTING.methods or ()]
@@ -89,7 +91,9 @@ def test_rows_are_complete(tmp_path: Path) -> None:
     assert speculative.commit == pytest.approx(0.5, abs=0.25)
     best = best_of(MACHINE, replace(MACHINE, bytes_per_s=2e9, flops_per_s=5e9))
     assert (best.bytes_per_s, best.flops_per_s) == (2e9, 1e10)
-    weights = sum(p.numel() for p in random_causal_lm(shape_config("tiny"), torch.float32, torch.device("cpu")).parameters())
+    weights = sum(
+        p.numel() for p in random_causal_lm(shape_config("tiny"), torch.float32, torch.device("cpu")).parameters()
+    )
     assert regular.floor_s == pytest.approx(4 * weights / 2e9, rel=0.1)
 
 
@@ -145,7 +149,20 @@ def test_a_context_beyond_the_model_s_is_refused() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     rows, page = tmp_path / "rows.json", tmp_path / "page.html"
-    options = ["bench", "latency", "--shape", "tiny", "--dtype", "float32", "--device", "cpu", "--batch", "1,2", "--context", "4,8"]
+    options = [
+        "bench",
+        "latency",
+        "--shape",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--batch",
+        "1,2",
+        "--context",
+        "4,8",
+    ]
     options += ["--methods", "regular,pipo", "--commit", "1.0", "--steps", "2", "--rounds", "1"]
     shown = CliRunner().invoke(app, [*options, "--json", str(rows), "--report", str(page)])
     assert shown.exit_code == 0, shown.output
@@ -155,7 +172,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert {row.commit for row in results.rows if row.method == "pipo"} == {1.0}
     assert json.loads(rows.read_text())["machine_after"]["bytes_per_s"] == 2e9
     html = page.read_text()
-    assert html.count("<svg") == 8  # TPOT and tokens/s by batch, for each context; TPOT and TTFT by context, for each batch
+    assert (
+        html.count("<svg") == 8
+    )  # TPOT and tokens/s by batch, for each context; TPOT and TTFT by context, for each batch
     assert "http" not in html.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
     assert "stroke-dasharray" in html
 
@@ -187,7 +206,20 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         return real(*args)
 
     monkeypatch.setattr(latency, "time_batch", interrupted)
-    options = ["--shape", "tiny", "--dtype", "float32", "--batch", "1,2", "--context", "4", "--rounds", "1", "--steps", "1"]
+    options = [
+        "--shape",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--batch",
+        "1,2",
+        "--context",
+        "4",
+        "--rounds",
+        "1",
+        "--steps",
+        "1",
+    ]
     shown = CliRunner().invoke(app, ["bench", "latency", *options, "--json", str(rows)])
     assert shown.exit_code == 130
     assert "cut short" in shown.stdout

@@ -15,6 +15,7 @@ from pipo.cli.bench_options import (
     as_times,
     describe_speed,
     make_setting,
+    print_wide,
     split_numbers,
     takes_setting,
 )
@@ -69,9 +70,9 @@ def print_latency(results: Results[Row]) -> None:
     """The rows for people: decoding, then first tokens."""
     screen = console(stderr=False)
     screen.print("Decoding")
-    screen.print(_table(results.rows, decoding=True))
+    print_wide(_table(results.rows, decoding=True))
     screen.print("\nFirst token")
-    screen.print(_table(results.rows, decoding=False))
+    print_wide(_table(results.rows, decoding=False))
     rounds = {len(row.tpot_rounds_s) for row in results.rows if row.error is None}
     for row in results.rows:
         if row.error is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from pipo.cli.options import Command, Device, Dtype, option, takes
+from pipo.cli.terminal import console
 from pipo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 PANEL = "What runs"
 DEFAULT_SHAPE = "tiny-wide"
+WIDE = 120
+"""Characters that a table of a benchmark may take."""
 
 SETTING_OPTIONS = (
     option(
@@ -169,6 +172,8 @@ def as_percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f}%"
 
 
-def join_numbers(numbers: Sequence[float | None]) -> str:
-    """Numbers for a note, those that are there."""
-    return ", ".join(f"{number:g}" for number in numbers if number is not None)
+def print_wide(table: Table) -> None:
+    """A table on stdout whose columns stay whole, also where the terminal is narrow, or there is none."""
+    screen = console(stderr=False)
+    screen.width = max(screen.width, WIDE)
+    screen.print(table)
