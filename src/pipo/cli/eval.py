@@ -16,6 +16,7 @@ from pipo.cli.options import (
     SandboxKind,
     UnsafeLocalExec,
     chosen_engine_options,
+    engine_arguments,
     parse_json_options,
     takes_engine_without_method,
     takes_task_sampling,
@@ -183,9 +184,8 @@ def _open_subject(
         names = {"fields": "request-field", "template_options": "template-option"}
         told = ", ".join("--" + names.get(name, name).replace("_", "-") for name in changed)
         raise ConfigError(f"{told} needs --base-url; the engine here asks no server")
-    options: dict[str, Any] = {name: None if value == AUTO else value for name, value in engine.items()}
     with working(f"Looking at {model}"):
-        return EngineSubject(model, **options)
+        return EngineSubject(model, **engine_arguments(engine))
 
 
 def _settings(**values: Any) -> EvalSettings:

@@ -13,6 +13,7 @@ from pipo.cli import (
     chat,
     data,
     demo,
+    draft_vocab,
     eval,
     export,
     fetch,
@@ -96,6 +97,7 @@ app.command()(merge.merge)
 app.command()(sft.sft)
 app.command()(opd.opd)
 app.command()(gate.gate)
+app.command()(draft_vocab.draft_vocab)
 app.add_typer(study.app, name="study")
 app.command("eval")(eval.evaluate)
 app.command()(tune_threshold.tune_threshold)

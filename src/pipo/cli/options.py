@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipo.engine.llm import LLM
 
 AUTO = "auto"
+CHECKPOINT, OFF = "checkpoint", "off"
 Command = Callable[..., None]
 
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a folder or a Hugging Face id.")]
@@ -138,6 +139,14 @@ ENGINE_OPTIONS = (
         "Most memory for caches.",
         show_default="half of the free memory, or 85% of the GPU's",
     ),
+    _engine(
+        "draft_vocab",
+        str,
+        CHECKPOINT,
+        "What drafts are drawn from: a file of `pipo draft-vocab`, the first N ids, off (the whole vocabulary), or checkpoint (its own "
+        "file, where it has one).",
+        metavar="FILE|N|off",
+    ),
 )
 
 TASK_SAMPLING_OPTIONS = (
@@ -232,8 +241,15 @@ def open_engine(path: str, engine: dict[str, Any], **more: Any) -> LLM:
     """The engine on checkpoint `path`, as the options say, and `more` as `LLM` takes it."""
     from pipo.engine.llm import LLM
 
+    return LLM(path, **engine_arguments(engine), **more)
+
+
+def engine_arguments(engine: dict[str, Any]) -> dict[str, Any]:
+    """The engine options as `LLM` takes them."""
+    vocab: str = engine["draft_vocab"]
     chosen: dict[str, Any] = {name: None if value == AUTO else value for name, value in engine.items()}
-    return LLM(path, **chosen, **more)
+    chosen["draft_vocab"] = None if vocab == OFF else int(vocab) if vocab.isdecimal() else vocab
+    return chosen
 
 
 def parse_json_options(option: str, texts: list[str]) -> dict[str, Any]:

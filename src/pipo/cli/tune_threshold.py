@@ -14,6 +14,7 @@ from pipo.cli.options import (
     Checkpoint,
     SandboxKind,
     UnsafeLocalExec,
+    engine_arguments,
     takes_engine_without_method,
     takes_task_sampling,
 )
@@ -155,9 +156,8 @@ def _open_subject(path: str, engine: dict[str, Any], save: bool) -> EngineSubjec
     """The checkpoint, after a look at whether it has a gate, and can be written to where it shall be."""
     from pipo.evaluation.subject import EngineSubject
 
-    options: dict[str, Any] = {name: None if value == AUTO else value for name, value in engine.items()}
     with working(f"Looking at {path}"):
-        subject = EngineSubject(path, **options)
+        subject = EngineSubject(path, **engine_arguments(engine))
     if subject.kind != "pipo":
         raise CheckpointError(
             f"{path} is a regular checkpoint, which has no gate; `pipo init` and training make a PIPO checkpoint of it"

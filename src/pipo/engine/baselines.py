@@ -19,12 +19,12 @@ from pipo.errors import ConfigError, RequestError
 from pipo.model.backbone import LayerCall
 from pipo.model.base import BaseForCausalLM
 from pipo.model.cache import RowCache
+from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.prefill import Prefilled, prefill_tokens
 from pipo.model.row_state import measure_bytes
 from pipo.model.sampling import (
     BONUS,
     RESIDUAL,
-    TOKEN1,
     TOKEN2,
     VERIFY,
     Verdict,
@@ -53,15 +53,21 @@ class BaseRunner:
     drafts = False
     """Whether the method needs the model's MTP block."""
 
-    def __init__(self, model: BaseForCausalLM) -> None:
-        """Raises `ConfigError` where the method needs an MTP block and the model has none."""
+    def __init__(self, model: BaseForCausalLM, draft_ids: DraftIds | None = None) -> None:
+        """`draft_ids`: what drafts are drawn from, where that is not the whole vocabulary. A method that drafts nothing needs none.
+
+        Raises:
+            ConfigError: the method needs an MTP block and the model has none, or the draft vocabulary is another model's.
+        """
         if self.drafts and model.mtp is None:
             raise ConfigError(
                 f"method={self.name!r} drafts with the model's MTP block, and this checkpoint has no mtp.* tensors"
             )
         self.model = model
         self.cache = RowCache(model.config, model.device)
-        self.sampling = RowSampling(int(model.config.vocab_size), model.device)
+        # Verification tells what lies elsewhere, and a draft that is always kept must be a token.
+        vocab = DraftVocab(model, draft_ids, with_elsewhere=False) if self.drafts and draft_ids is not None else None
+        self.sampling = RowSampling(int(model.config.vocab_size), model.device, vocab)
 
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per position of a row."""
@@ -123,7 +129,7 @@ class BaseRunner:
     def _write_token(self, hidden_BH: Tensor, rows: Rows) -> PairResult:
         """Draw each row's next token."""
         hidden_BH, finite_B = finite_rows(hidden_BH)
-        token1_B, logprobs1 = rows.draw(self.model.sampling_logits(hidden_BH), TOKEN1)
+        token1_B, logprobs1 = rows.draw(self.model.sampling_logits(hidden_BH))
         rows.count(token1_B)
         return single_tokens(token1_B, finite_B, logprobs1)
 
@@ -171,11 +177,10 @@ class MtpRunner(BaseRunner):
 
     def _with_draft(self, rows: Rows, first: PairResult, mtp_hidden_BH: Tensor) -> PairResult:
         mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
-        draft_B, logprobs2 = rows.draw(self.model.sampling_logits(mtp_hidden_BH), TOKEN2)
-        rows.count(draft_B)
-        return first._replace(
-            draft_B=draft_B, committed_B=torch.ones_like(draft_B, dtype=torch.bool), logprobs2=logprobs2
-        )
+        drawn = rows.draw_draft(rows.draft_logits(self.model, mtp_hidden_BH), first.token1_B)
+        rows.count(drawn.token_B)
+        kept_B = torch.ones_like(drawn.token_B, dtype=torch.bool)
+        return first._replace(draft_B=drawn.token_B, committed_B=kept_B, logprobs2=drawn.logprobs)
 
 
 class SpeculativeRunner(BaseRunner):
@@ -190,8 +195,8 @@ class SpeculativeRunner(BaseRunner):
     name = "speculative"
     drafts = True
 
-    def __init__(self, model: BaseForCausalLM) -> None:
-        super().__init__(model)
+    def __init__(self, model: BaseForCausalLM, draft_ids: DraftIds | None = None) -> None:
+        super().__init__(model, draft_ids)
         self.verify: Callable[..., Verdict] = speculative_verify
         """What judges drafts. A benchmark puts a given share of acceptance here."""
         self._forget_drafts()
@@ -221,11 +226,15 @@ class SpeculativeRunner(BaseRunner):
         return first
 
     def _propose(self, rows: Rows, mtp_hidden_BH: Tensor, num_new_B: Tensor | int) -> tuple[Tensor, Tensor]:
-        """A draft per row and the distribution it was drawn from."""
+        """A draft per row and the distribution over the whole vocabulary that it was drawn from."""
         mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
-        num_tokens_B = None if rows.num_tokens_B is None else rows.num_tokens_B + num_new_B
-        logits_BV = process_logits(self.model.sampling_logits(mtp_hidden_BH), rows.batch, rows.history, num_tokens_B)
-        return sample(logits_BV, rows.batch, rows.position_B, TOKEN2), probabilities(logits_BV, rows.batch)
+        logits_BV = rows.process_draft(rows.draft_logits(self.model, mtp_hidden_BH), num_new_B)
+        draft_B = sample(logits_BV, rows.draft_batch, rows.position_B, TOKEN2)
+        draft_BV = probabilities(logits_BV, rows.draft_batch)
+        if rows.part is None:
+            return draft_B, draft_BV
+        vocab = rows.part.vocab
+        return vocab.token_M[draft_B], vocab.spread(draft_BV, rows.batch.vocab_size)
 
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """Verify each row's draft, write one or two tokens, draft again."""

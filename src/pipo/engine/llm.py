@@ -22,7 +22,17 @@ from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, Speculat
 from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
-from pipo.engine.loading import accept_model, cache_budget, copy_weights, generation_defaults, load_model
+from pipo.engine.loading import (
+    OF_CHECKPOINT,
+    DraftVocabulary,
+    accept_model,
+    cache_budget,
+    choose_draft_ids,
+    copy_weights,
+    generation_defaults,
+    ids_of,
+    load_model,
+)
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
@@ -55,6 +65,9 @@ class LLM:
             (PIPO only; 0 is off). After changing the weights of a model in memory, call :meth:`forget`.
         remember_pairs: tokens of finished replies whose pairing is remembered, so that a later prompt reads them as they were written.
         seed: of requests that bring none; by default different each time.
+        draft_vocab: what drafts are drawn from. `checkpoint`: the checkpoint's `draft_vocab.json` where it has one (a model in memory has
+            none), else the whole vocabulary; `None`: the whole; a file that `pipo draft-vocab` wrote, or its folder; token ids; or a
+            number, for the first so many ids. `regular` drafts nothing, and leaves it alone.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError
@@ -76,6 +89,7 @@ class LLM:
         prefix_cache_bytes: int = 0,
         remember_pairs: int = 0,
         seed: int | None = None,
+        draft_vocab: DraftVocabulary = OF_CHECKPOINT,
     ) -> None:
         if method not in ("pipo", *BASELINES):
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
@@ -84,6 +98,7 @@ class LLM:
             self.model = accept_model(model, method, device, dtype)
             self.tokenizer = tokenizer
             generation: dict[str, Any] = {}
+            folder = None
         else:
             folder = find_checkpoint(model, subfolder)
             self.model = load_model(folder, method, device, dtype, attn_implementation)
@@ -92,14 +107,15 @@ class LLM:
             generation = generation_defaults(home)
         text_config = self.model.backbone.config
         self.vocab_size = int(text_config.vocab_size)
-        self.eos_token_ids = _ids(text_config.eos_token_id) | _ids(generation.get("eos_token_id"))
+        self.eos_token_ids = ids_of(text_config.eos_token_id) | ids_of(generation.get("eos_token_id"))
         if self.tokenizer is not None and getattr(self.tokenizer, "eos_token_id", None) is not None:
             self.eos_token_ids |= {int(self.tokenizer.eos_token_id)}
         self._decoder = TextDecoder(self.tokenizer) if self.tokenizer is not None else None
+        draft_ids = choose_draft_ids(draft_vocab, folder, self.vocab_size)
         runner: Runner = (
-            PipoRunner(self.model, prefix_cache_bytes)
+            PipoRunner(self.model, prefix_cache_bytes, draft_ids)
             if isinstance(self.model, PipoForCausalLM)
-            else BASELINES[method](self.model)
+            else BASELINES[method](self.model, draft_ids)
         )
         budget = cache_budget(runner, self.model.device, cache_budget_bytes)
         self.engine = Engine(
@@ -170,14 +186,18 @@ class LLM:
         return [sequence.output() for sequence in samples]
 
     def forget(self) -> None:
-        """Drop all kept prefixes, and how replies were paired: after a change of weights they hold no more."""
+        """After a change of weights: drop all kept prefixes, and how replies were paired; take the draft vocabulary's rows over anew."""
         with self._lock:
+            if (vocab := self.engine.runner.sampling.draft_vocab) is not None:
+                vocab.refresh()
             if isinstance(self.engine.runner, PipoRunner) and self.engine.runner.prefixes is not None:
                 self.engine.runner.prefixes.clear()
             self.pair_memory.clear()
 
     def load_weights(self, path: str | Path) -> None:
         """Take over the weights of another checkpoint of this model, in place, between two steps; kept prefixes are forgotten.
+
+        What drafts are drawn from stays, whatever the folder says of it.
 
         Args:
             path: a folder: a whole checkpoint, or an adapter beside its base.
@@ -336,9 +356,3 @@ def _as_params(params: SamplingParams | Seq[SamplingParams] | None, num_prompts:
     if len(params) != num_prompts:
         raise RequestError(f"{num_prompts} prompts need as many SamplingParams, or one for all; got {len(params)}")
     return list(params)
-
-
-def _ids(value: Any) -> set[int]:
-    if value is None:
-        return set()
-    return {int(v) for v in (value if isinstance(value, (list, tuple, set)) else [value])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from torch import nn
 from pipo.engine.core import CacheBudget
 from pipo.engine.runner import Runner
 from pipo.errors import CheckpointError, ConfigError
-from pipo.model.adapter import is_adapter, tokenizer_home
+from pipo.model.adapter import is_adapter, read_adapter, tokenizer_home
 from pipo.model.base import BaseForCausalLM
-from pipo.model.checkpoint import is_pipo, load_pipo, read_gate
+from pipo.model.checkpoint import is_pipo, load_config, load_pipo, read_gate
 from pipo.model.config import DEFAULT_THRESHOLD, GATE_SETTINGS
-from pipo.model.convert import as_dtype
+from pipo.model.convert import as_dtype, base_config
+from pipo.model.draft_vocab import DRAFT_VOCAB, DraftIds, first_ids, read_draft_ids
 from pipo.model.files import TOKENIZER_FILES, WeightFiles, read_json
 from pipo.model.files import find_checkpoint as find_checkpoint
 from pipo.model.fingerprint import base_fingerprint
@@ -82,6 +84,60 @@ def check_method(folder: Path, method: str) -> bool:
     return pipo
 
 
+DraftVocabulary = str | Path | int | Sequence[int] | DraftIds | None
+"""What drafts are drawn from: the checkpoint's own file where it has one (`OF_CHECKPOINT`); a file, or a folder that has one; the first N
+ids; these ids; or the whole vocabulary (`None`)."""
+OF_CHECKPOINT = "checkpoint"
+
+
+def choose_draft_ids(chosen: DraftVocabulary, folder: Path | None, vocab_size: int | None = None) -> DraftIds | None:
+    """The ids that drafts are drawn from; `None`: the whole vocabulary.
+
+    Args:
+        folder: of the checkpoint; `None` for a model in memory, which brings no file.
+        vocab_size: V, where it is known already.
+
+    Raises:
+        CheckpointError: a file that is not there or holds something else. ConfigError: ids that this vocabulary does not have.
+    """
+    if chosen is None or isinstance(chosen, DraftIds):
+        return chosen
+    if isinstance(chosen, int):
+        return first_ids(chosen, vocab_size or max(1, chosen))
+    if chosen == OF_CHECKPOINT:
+        own = None if folder is None else folder / DRAFT_VOCAB
+        return None if own is None or not own.is_file() else read_draft_ids(own)
+    if isinstance(chosen, str | Path):
+        path = Path(chosen)
+        if not path.exists():
+            raise CheckpointError(f"{path} is no file on this machine: `pipo draft-vocab` makes a draft vocabulary")
+        return read_draft_ids(path / DRAFT_VOCAB if path.is_dir() else path)
+    ids = tuple(chosen)
+    return DraftIds(ids, vocab_size or max(ids, default=0) + 1)
+
+
+def vocabulary_of(folder: Path) -> tuple[int, set[int]]:
+    """V of a checkpoint folder's model, and the ids that end its texts, without loading it.
+
+    Raises:
+        CheckpointError: it has no readable config, or is an adapter whose base can't be had.
+    """
+    ends = [generation_defaults(tokenizer_home(folder)).get("eos_token_id")]
+    while is_adapter(folder):
+        folder = find_checkpoint(read_adapter(folder).base)
+    config = load_config(folder).text_config if is_pipo(folder) else base_config(folder)
+    assert config is not None
+    ends.append(config.eos_token_id)
+    return int(config.vocab_size), set().union(*map(ids_of, ends))
+
+
+def ids_of(value: Any) -> set[int]:
+    """Token ids that a config gives as one, as several or not at all."""
+    if value is None:
+        return set()
+    return {int(v) for v in (value if isinstance(value, (list, tuple, set)) else [value])}
+
+
 def threshold_of(folder: Path) -> float:
     """τ of requests that name none, as a checkpoint folder says.
 
@@ -91,11 +147,13 @@ def threshold_of(folder: Path) -> float:
     return float(read_gate(folder)["threshold"]) if is_pipo(folder) else DEFAULT_THRESHOLD
 
 
-def describe_checkpoint(folder: Path, device: str | None, dtype: str | None) -> dict[str, Any]:
+def describe_checkpoint(
+    folder: Path, device: str | None, dtype: str | None, draft_ids: DraftIds | None = None
+) -> dict[str, Any]:
     """What decides the texts of a checkpoint beside how it is sampled, without loading it; plain JSON values.
 
     `weights` and `texts` are SHA-256: of the tensors (see `base_fingerprint`), and of what makes ids of texts and ends them. `gate` is
-    without τ of requests that name none: how something is sampled names it.
+    without τ of requests that name none: how something is sampled names it. `draft_ids`: what drafts are drawn from.
     """
     config = {} if is_adapter(folder) else read_json(folder / "config.json")
     stored = [part.get(name) for part in (config, config.get("text_config") or {}) for name in ("dtype", "torch_dtype")]
@@ -114,6 +172,7 @@ def describe_checkpoint(folder: Path, device: str | None, dtype: str | None) -> 
         "dtype": dtype or next((value for value in stored if value), "as stored"),
         "device": torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu",
         **({} if gate is None else {"gate": gate}),
+        **({} if draft_ids is None else {"draft_vocab": draft_ids.digest}),
     }
 
 

@@ -14,12 +14,14 @@ from pipo.engine.prefix import PrefixCache
 from pipo.engine.request import TokenLogprob
 from pipo.engine.sequence import Sequence, StepTokens
 from pipo.model.cache import RowCache
+from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.prefill import Prefilled, prefill_pairs, resume_pairs
 from pipo.model.row_state import States, measure_bytes, prefill_cache, resume_prefill
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
+    DraftPart,
     HostPairs,
     Rows,
     fetch,
@@ -33,6 +35,7 @@ class Runner(Protocol):
     """One decoding method over the running samples. Positions are pairs for PIPO, tokens for a regular model."""
 
     cache: RowCache
+    sampling: RowSampling
 
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per position of a row."""
@@ -62,13 +65,18 @@ class Runner(Protocol):
         """Free all rows, whatever state a step left them in."""
 
 
+Laid = tuple[SamplingBatch, TokenHistory | None, DraftPart | None]
+
+
 class RowSampling:
     """The sampling state of the running rows, built anew when rows join or leave and carried along otherwise."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, draft_vocab: DraftVocab | None = None) -> None:
+        """`draft_vocab`: what drafts are drawn from, where that is not the whole vocabulary."""
         self.vocab_size = vocab_size
         self.device = device
-        self._of_rows: tuple[SamplingBatch, TokenHistory | None] | None = None
+        self.draft_vocab = draft_vocab
+        self._of_rows: Laid | None = None
 
     def invalidate(self) -> None:
         """Rows joined or left."""
@@ -84,34 +92,42 @@ class RowSampling:
         """Sampling for a prefill, whose samples are not rows yet."""
         return self._rows(sequences, *self._build(sequences))
 
-    def _build(self, sequences: Seq[Sequence]) -> tuple[SamplingBatch, TokenHistory | None]:
-        batch = SamplingBatch.build(
-            [s.params for s in sequences],
-            [s.seed for s in sequences],
-            self.vocab_size,
-            self.device,
-            [s.stop_ids for s in sequences],
-        )
-        if not batch.any_penalty:
-            return batch, None
-        return batch, TokenHistory(batch, [s.prompt_ids for s in sequences], [s.token_ids for s in sequences])
+    def _build(self, sequences: Seq[Sequence]) -> Laid:
+        params, seeds = [s.params for s in sequences], [s.seed for s in sequences]
+        stop_ids = [s.stop_ids for s in sequences]
+        batch = SamplingBatch.build(params, seeds, self.vocab_size, self.device, stop_ids)
+        history, part = None, None
+        if batch.any_penalty:
+            history = TokenHistory(batch, [s.prompt_ids for s in sequences], [s.token_ids for s in sequences])
+        if (vocab := self.draft_vocab) is not None:
+            places = SamplingBatch.build(params, seeds, vocab.num_places, self.device, stop_ids, vocab.place_of)
+            part = DraftPart(vocab, places)
+        return batch, history, part
 
-    def _rows(self, sequences: Seq[Sequence], batch: SamplingBatch, history: TokenHistory | None) -> Rows:
+    def _rows(
+        self, sequences: Seq[Sequence], batch: SamplingBatch, history: TokenHistory | None, part: DraftPart | None
+    ) -> Rows:
         counts = torch.tensor([[s.position for s in sequences], [len(s.token_ids) for s in sequences]])
         position_B, num_tokens_B = to_device(counts, self.device)
         constraints = {i: s.constraint for i, s in enumerate(sequences) if s.constraint is not None}
         records = tuple(i for i, s in enumerate(sequences) if s.params.record_pairs)
         num_tokens = None if batch.min_stops is None else num_tokens_B
-        return Rows(batch, history, position_B, num_tokens, constraints, records)
+        return Rows(batch, history, position_B, num_tokens, constraints, records, part)
 
 
 class PipoRunner:
     """Pairs in, pairs out."""
 
-    def __init__(self, model: PipoForCausalLM, prefix_cache_bytes: int = 0) -> None:
+    def __init__(self, model: PipoForCausalLM, prefix_cache_bytes: int = 0, draft_ids: DraftIds | None = None) -> None:
+        """`draft_ids`: what drafts are drawn from, where that is not the whole vocabulary.
+
+        Raises:
+            ConfigError: they are another model's.
+        """
         self.model = model
         self.cache = RowCache(model.config.text_config, model.device)
-        self.sampling = RowSampling(model.config.vocab_size, model.device)
+        vocab = None if draft_ids is None else DraftVocab(model, draft_ids, with_elsewhere=True)
+        self.sampling = RowSampling(model.config.vocab_size, model.device, vocab)
         self.prefixes = PrefixCache(prefix_cache_bytes, self.cache.has_states) if prefix_cache_bytes else None
 
     def measure_bytes(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from pipo.evaluation.task import Sampling
 
 if TYPE_CHECKING:
     from pipo.engine.llm import LLM
+    from pipo.engine.loading import DraftVocabulary
     from pipo.engine.request import SamplingParams
 
 THINK = "<think>\n"
@@ -61,10 +62,10 @@ class EngineSubject:
 
     Args:
         path: a checkpoint folder or a hub id. subfolder: of it.
-        device, dtype, max_num_seqs, max_model_len, cache_budget_bytes: as `pipo.engine.llm.LLM` takes them.
+        device, dtype, max_num_seqs, max_model_len, cache_budget_bytes, draft_vocab: as `pipo.engine.llm.LLM` takes them.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or no draft vocabulary where one was named.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class EngineSubject:
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         cache_budget_bytes: int | None = None,
+        draft_vocab: DraftVocabulary = "checkpoint",
     ) -> None:
-        from pipo.engine.loading import find_checkpoint, kind_of, threshold_of
+        from pipo.engine.loading import choose_draft_ids, find_checkpoint, kind_of, threshold_of
 
         self.name = str(path)
         self.folder = find_checkpoint(path, subfolder)
@@ -91,6 +93,9 @@ class EngineSubject:
             "max_model_len": max_model_len,
             "cache_budget_bytes": cache_budget_bytes,
         }
+        # A number's ids depend on the model's vocabulary, which only the engine knows.
+        self._draft_ids = choose_draft_ids(draft_vocab, self.folder)
+        self._limits["draft_vocab"] = draft_vocab if isinstance(draft_vocab, int) else self._draft_ids
         self._engine: LLM | None = None
         self._lock = threading.Lock()
 
@@ -98,7 +103,7 @@ class EngineSubject:
         """As `Subject.describe`; nothing is loaded for it."""
         from pipo.engine.loading import describe_checkpoint
 
-        about = describe_checkpoint(self.folder, self._device, self._dtype)
+        about = describe_checkpoint(self.folder, self._device, self._dtype, self._draft_ids)
         return {"generator": "engine", **about, "max_model_len": self._limits["max_model_len"]}
 
     def generator(self, condition: Condition, sampling: Sampling, *, record_pairs: bool) -> Generator:

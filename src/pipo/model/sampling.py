@@ -262,12 +262,18 @@ class TokenLogprobs(NamedTuple):
     drawn_B: Tensor | None = None
 
 
-def token_logprobs(logits_BV: Tensor, token_ids_B: Tensor, num_top: int = 0) -> TokenLogprobs:
-    """Log-probabilities under the model's own distribution: raw logits, before temperature, penalties and filters."""
+def token_logprobs(
+    logits_BV: Tensor, token_ids_B: Tensor, num_top: int = 0, num_named: int | None = None
+) -> TokenLogprobs:
+    """Log-probabilities under the model's own distribution: raw logits, before temperature, penalties and filters.
+
+    `num_named`: only the first so many entries can be alternatives; by default all.
+    """
     logits_BV = logits_BV.float()
     normaliser_B1 = logits_BV.logsumexp(-1, keepdim=True)
     chosen_B1 = logits_BV.gather(1, token_ids_B.unsqueeze(1)) - normaliser_B1
-    top = logits_BV.topk(min(num_top, logits_BV.shape[-1]))
+    named_BN = logits_BV[:, :num_named]
+    top = named_BN.topk(min(num_top, named_BN.shape[-1]))
     return TokenLogprobs(chosen_B1.squeeze(1), top.indices, top.values - normaliser_B1)
 
 

@@ -8,12 +8,14 @@ that a step asks the device nothing. Rows join and leave by building anew.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipo.pairing import draws_drafts
 
@@ -120,6 +122,7 @@ class SamplingBatch:
         vocab_size: int,
         device: torch.device | str,
         stop_ids: Sequence[Collection[int]] | None = None,
+        place_of: Mapping[int, int] | None = None,
     ) -> SamplingBatch:
         """Lay out one row per request.
 
@@ -130,6 +133,7 @@ class SamplingBatch:
             device: where the logits will be.
             stop_ids: per row the ids that min-tokens suppresses: the request's, and the model's unless ignored.
                 Needed where a row uses min-tokens.
+            place_of: of each token id among the V logits, where they are of a part of the vocabulary; by default the id.
         """
         device = torch.device(device)
         top_k = [p.top_k if 0 < p.top_k < vocab_size and not p.greedy else vocab_size for p in params]
@@ -152,8 +156,8 @@ class SamplingBatch:
             penalised=penalised,
             penalised_P=_indices(penalised, device),
             sorted_rows=_indices(to_sort, device) if to_sort else None,
-            biases=_entries(biases, torch.float32, device),
-            min_stops=_entries(_min_stops(params, stop_ids), torch.int64, device),
+            biases=_entries(_at_places(biases, place_of), torch.float32, device),
+            min_stops=_entries(_at_places(_min_stops(params, stop_ids), place_of), torch.int64, device),
             all_greedy=all(p.greedy for p in params),
             any_greedy=any(p.greedy for p in params),
             any_min_p=any(value > 0 for value in min_p),
@@ -193,6 +197,13 @@ class TokenHistory:
         if mask_B is not None:
             amount_P1 *= mask_B[self.rows_P].unsqueeze(1)
         self.counts_PV.scatter_add_(1, token_ids_P1, amount_P1)
+
+    def within(self, ids_N: Tensor, num_more: int = 0) -> TokenHistory:
+        """A copy for logits of a part of the vocabulary, in the order of `ids_N`, with `num_more` more of what never occurs."""
+        part = copy.copy(self)
+        part.counts_PV = F.pad(self.counts_PV[:, ids_N], (0, num_more))
+        part.in_prompt_PV = F.pad(self.in_prompt_PV[:, ids_N], (0, num_more))
+        return part
 
 
 def signed64(number: int) -> int:
@@ -252,6 +263,14 @@ def _min_stops(
     assert stop_ids is not None, "min-tokens needs the stop ids of each row"
     rows = enumerate(zip(params, stop_ids, strict=True))
     return [(i, token, p.min_tokens) for i, (p, ids) in rows if p.min_tokens for token in sorted(set(ids))]
+
+
+def _at_places(
+    triples: list[tuple[int, int, float]], place_of: Mapping[int, int] | None
+) -> list[tuple[int, int, float]]:
+    if place_of is None:
+        return triples
+    return [(row, place_of[token], value) for row, token, value in triples if token in place_of]
 
 
 def _entries(triples: Sequence[tuple[int, int, float]], dtype: torch.dtype, device: torch.device) -> Entries | None:

@@ -8,7 +8,7 @@ Shape legend: B rows, L positions (pairs, or tokens of a regular model), T slots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from pipo.losses.draft import draft_features
 from pipo.model.cache import RowCache
+from pipo.model.draft_vocab import NO_DRAFT as NO_DRAFT
+from pipo.model.draft_vocab import DraftVocab
+from pipo.model.drafter import Drafter
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import (
     TOKEN1,
@@ -31,8 +34,6 @@ from pipo.model.sampling import (
 )
 from pipo.pairing import accept
 
-NO_DRAFT = -1
-
 
 class TokenConstraint(Protocol):
     """A grammar's say on what a row may write: bool `[V]` on the host."""
@@ -40,6 +41,23 @@ class TokenConstraint(Protocol):
     def allowed(self) -> Tensor: ...
 
     def allowed_after(self, token: int) -> Tensor: ...
+
+
+class DraftPart(NamedTuple):
+    """A draft vocabulary, and the rows' parameters laid out for its places."""
+
+    vocab: DraftVocab
+    batch: SamplingBatch
+
+
+class DrawnDraft(NamedTuple):
+    """Token 2 of every row, as it was drawn. Logits are over the places of the draft vocabulary, where there is one."""
+
+    token_B: Tensor
+    """int64; `NO_DRAFT` where the draw fell outside the draft vocabulary."""
+    place_B: Tensor
+    """int64: where the drawn logit stands."""
+    logprobs: TokenLogprobs | None
 
 
 @dataclass
@@ -57,6 +75,8 @@ class Rows:
     """Rows whose next tokens a grammar limits. Following it for token 2 takes a look at token 1, so one more wait."""
     records: tuple[int, ...] = ()
     """Rows that asked for their pair records: their draft is always drawn."""
+    part: DraftPart | None = None
+    """What drafts are drawn from; `None`: the whole vocabulary."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -64,29 +84,62 @@ class Rows:
         wanted = self.batch.max_logprobs
         return 0 if wanted is None and self.records else wanted
 
-    def draw(self, logits_BV: Tensor, slot: int, token1_B: Tensor | None = None) -> tuple[Tensor, TokenLogprobs | None]:
-        """One token per row, and its log-probabilities under the raw logits where somebody asks.
+    def draw(self, logits_BV: Tensor) -> tuple[Tensor, TokenLogprobs | None]:
+        """Token 1 of every row, and its log-probabilities under the raw logits where somebody asks."""
+        limited_BV = self._limit(logits_BV, [c.allowed() for c in self.constraints.values()])
+        processed_BV = process_logits(limited_BV, self.batch, self.history, self.num_tokens_B)
+        return self._draw(logits_BV, processed_BV, TOKEN1)
 
-        `token1_B`: what stands before it in the pair, for token 2.
-        """
-        num_tokens_B = None if self.num_tokens_B is None else self.num_tokens_B + (slot == TOKEN2)
-        limited_BV = self._limit(logits_BV, token1_B) if self.constraints else logits_BV
-        processed_BV = process_logits(limited_BV, self.batch, self.history, num_tokens_B)
-        token_B = sample(processed_BV, self.batch, self.position_B, slot)
+    def draft_logits(self, model: Drafter, mtp_hidden_BH: Tensor) -> Tensor:
+        """`[B, H] → [B, V]`, or over the places of the draft vocabulary: the second head."""
+        return model.sampling_logits(mtp_hidden_BH) if self.part is None else self.part.vocab.logits(mtp_hidden_BH)
+
+    def draw_draft(self, logits_BV: Tensor, token1_B: Tensor) -> DrawnDraft:
+        """Token 2 after token 1, from :meth:`draft_logits`. Log-probabilities are under these logits, too."""
+        place_B, logprobs = self._draw(logits_BV, self.process_draft(logits_BV, 1, token1_B), TOKEN2)
+        if self.part is None:
+            return DrawnDraft(place_B, place_B, logprobs)
+        token_M = self.part.vocab.token_M
+        if logprobs is not None:
+            logprobs = logprobs._replace(top_ids_BK=token_M[logprobs.top_ids_BK])
+        return DrawnDraft(token_M[place_B], place_B, logprobs)
+
+    @property
+    def draft_batch(self) -> SamplingBatch:
+        """The rows' parameters, laid out for :meth:`draft_logits`."""
+        return self.batch if self.part is None else self.part.batch
+
+    def process_draft(self, logits_BV: Tensor, num_new_B: Tensor | int, token1_B: Tensor | None = None) -> Tensor:
+        """The logits that a draft is drawn from. `num_new_B`: tokens that this step writes before it; `token1_B`: for grammars."""
+        history, vocab = self.history, None if self.part is None else self.part.vocab
+        if history is not None and vocab is not None:
+            history = history.within(vocab.ids_N, int(vocab.has_elsewhere))
+        if self.constraints:
+            assert token1_B is not None
+            tokens = token1_B.tolist()
+            allowed = [c.allowed_after(tokens[row]) for row, c in self.constraints.items()]
+            logits_BV = self._limit(logits_BV, allowed if vocab is None else [vocab.allowed(one) for one in allowed])
+        num_tokens_B = None if self.num_tokens_B is None else self.num_tokens_B + num_new_B
+        return process_logits(logits_BV, self.draft_batch, history, num_tokens_B)
+
+    def _draw(self, logits_BV: Tensor, processed_BV: Tensor, slot: int) -> tuple[Tensor, TokenLogprobs | None]:
+        batch = self.draft_batch if slot == TOKEN2 else self.batch
+        drawn_B = sample(processed_BV, batch, self.position_B, slot)
         num = self.num_logprobs
         if num is None:
-            return token_B, None
-        found = token_logprobs(logits_BV, token_B, num)
+            return drawn_B, None
+        num_named = self.part.vocab.size if self.part is not None and slot == TOKEN2 else None
+        found = token_logprobs(logits_BV, drawn_B, num, num_named)
         if self.records:
-            found = found._replace(drawn_B=drawn_logprobs(processed_BV, self.batch, token_B))
-        return token_B, found
+            found = found._replace(drawn_B=drawn_logprobs(processed_BV, batch, drawn_B))
+        return drawn_B, found
 
-    def _limit(self, logits_BV: Tensor, token1_B: Tensor | None) -> Tensor:
-        """Take away what the rows' grammars forbid."""
-        tokens = None if token1_B is None else token1_B.tolist()
+    def _limit(self, logits_BV: Tensor, allowed: Sequence[Tensor]) -> Tensor:
+        """Take away what the rows' grammars forbid; `allowed`: in the order of `constraints`."""
+        if not allowed:
+            return logits_BV
         rows = list(self.constraints)
-        masks = [c.allowed() if tokens is None else c.allowed_after(tokens[row]) for row, c in self.constraints.items()]
-        forbidden = ~torch.stack(masks).to(logits_BV.device)
+        forbidden = ~torch.stack(list(allowed)).to(logits_BV.device)
         limited_BV = logits_BV.clone()
         limited_BV[rows] = limited_BV[rows].masked_fill(forbidden, -torch.inf)
         return limited_BV
@@ -123,14 +176,14 @@ def write_pair(
         run_mtp: from token 1 `[B]` to `d [B, H]`, filling the MTP block's cache; `None` where no row can commit a draft.
     """
     hidden_BH, finite_B = finite_rows(hidden_BH)
-    token1_B, logprobs1 = rows.draw(model.sampling_logits(hidden_BH), TOKEN1)
+    token1_B, logprobs1 = rows.draw(model.sampling_logits(hidden_BH))
     rows.count(token1_B)
     if run_mtp is None:
         return single_tokens(token1_B, finite_B, logprobs1)
     mtp_hidden_BH, _ = finite_rows(run_mtp(token1_B))
     order = _draw_and_judge if model.gate_sees_draft else _judge_and_draw
     draft = order(model, hidden_BH, mtp_hidden_BH, token1_B, rows)
-    rows.count(draft.token_B, draft.committed_B)
+    rows.count(draft.token_B.clamp_min(0), draft.committed_B)
     shown_B = draft.token_B if draft.drawn_B is None else draft.token_B.masked_fill(~draft.drawn_B, NO_DRAFT)
     return PairResult(token1_B, shown_B, draft.confidence_B, draft.committed_B, finite_B, logprobs1, draft.logprobs)
 
@@ -151,23 +204,24 @@ def _judge_and_draw(
     """The paper's gate knows the hidden states alone, so what it rejects need not be drawn."""
     confidence_B = model.confidence(hidden_BH, mtp_hidden_BH)
     committed_B = accept(confidence_B, rows.batch.threshold_B)
-    logits_BV, drawn_B = _second_head(model, mtp_hidden_BH, committed_B, rows.records)
+    logits_BV, drawn_B = _second_head(model, mtp_hidden_BH, committed_B, rows)
     if logits_BV is None:
         return _Draft(token1_B, confidence_B, committed_B, drawn_B, None)
-    draft_B, logprobs = rows.draw(logits_BV, TOKEN2, token1_B)
-    return _Draft(draft_B, confidence_B, committed_B, drawn_B, logprobs)
+    drawn = rows.draw_draft(logits_BV, token1_B)
+    return _Draft(drawn.token_B, confidence_B, committed_B & (drawn.token_B != NO_DRAFT), drawn_B, drawn.logprobs)
 
 
 def _draw_and_judge(
     model: PipoForCausalLM, hidden_BH: Tensor, mtp_hidden_BH: Tensor, token1_B: Tensor, rows: Rows
 ) -> _Draft:
     """A gate that sees the draft needs one. It is told of the head's own distribution, whatever the draft was drawn from."""
-    logits_BV = model.sampling_logits(mtp_hidden_BH)
-    draft_B, logprobs = rows.draw(logits_BV, TOKEN2, token1_B)
+    logits_BV = rows.draft_logits(model, mtp_hidden_BH)
+    drawn = rows.draw_draft(logits_BV, token1_B)
     log_probs_BV = torch.log_softmax(logits_BV, dim=-1)
-    features_B3 = draft_features(log_probs_BV, log_probs_BV.gather(1, draft_B[:, None])[:, 0])
+    features_B3 = draft_features(log_probs_BV, log_probs_BV.gather(1, drawn.place_B[:, None])[:, 0])
     confidence_B = model.confidence(hidden_BH, mtp_hidden_BH, features_B3)
-    return _Draft(draft_B, confidence_B, accept(confidence_B, rows.batch.threshold_B), None, logprobs)
+    committed_B = accept(confidence_B, rows.batch.threshold_B) & (drawn.token_B != NO_DRAFT)
+    return _Draft(drawn.token_B, confidence_B, committed_B, None, drawn.logprobs)
 
 
 def single_tokens(token1_B: Tensor, finite_B: Tensor, logprobs1: TokenLogprobs | None) -> PairResult:
@@ -185,22 +239,22 @@ def finite_rows(hidden_BH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _second_head(
-    model: PipoForCausalLM, mtp_hidden_BH: Tensor, committed_B: Tensor, records: tuple[int, ...]
+    model: PipoForCausalLM, mtp_hidden_BH: Tensor, committed_B: Tensor, rows: Rows
 ) -> tuple[Tensor | None, Tensor | None]:
     """Logits of token 2 and for which rows they hold (`None`: all). Rejected drafts that nobody wants cost nothing.
 
     Looking at the gate would stall a GPU, so there the head is run for all rows.
     """
     if mtp_hidden_BH.device.type != "cpu":
-        return model.sampling_logits(mtp_hidden_BH), None
+        return rows.draft_logits(model, mtp_hidden_BH), None
     wanted_B = committed_B.clone()
-    wanted_B[list(records)] = True
+    wanted_B[list(rows.records)] = True
     num_wanted = int(wanted_B.sum())
     if num_wanted == 0:
         return None, wanted_B
     if num_wanted == len(wanted_B):
-        return model.sampling_logits(mtp_hidden_BH), None
-    some_NV = model.sampling_logits(mtp_hidden_BH[wanted_B])
+        return rows.draft_logits(model, mtp_hidden_BH), None
+    some_NV = rows.draft_logits(model, mtp_hidden_BH[wanted_B])
     return some_NV.new_zeros(len(wanted_B), some_NV.shape[-1]).index_put((wanted_B,), some_NV), wanted_B
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pipo.errors import UnsupportedModelError
 from pipo.integrations.sglang.hooks import Hook
 from pipo.integrations.sglang.serving import served
 from pipo.model.convert import as_dtype
+from pipo.model.draft_vocab import DRAFT_VOCAB
 
 OFF = (None, False, 0, "", "none", "null", "off")
 WEIGHT_FORMATS = ("auto", "safetensors", "dummy")
@@ -95,6 +97,12 @@ def warn_of_half_precision(arguments: Any, stored: torch.dtype | None) -> None:
         log.warning("SGLang runs this float32 checkpoint in float16; --dtype float32 or bfloat16 says otherwise")
 
 
+def tell_of_draft_vocabulary(model: str) -> None:
+    """A checkpoint's draft vocabulary is not used here: drafts are drawn from the whole vocabulary, as the model was trained to."""
+    if (Path(model) / DRAFT_VOCAB).is_file():
+        log.warning("%s is not used on SGLang: drafts are drawn from the whole vocabulary", Path(model) / DRAFT_VOCAB)
+
+
 def after_from_server_args(_: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     """Every process of a server makes its model config from its arguments here, the first before it starts any other."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
@@ -104,6 +112,7 @@ def after_from_server_args(_: Any, server_args: Any, *args: Any, **kwargs: Any) 
     if now is not None:
         arguments = resolving_view(server_args)
         refuse_server(arguments, rust_front_end=envs.SGLANG_RUST_SERVER.get())
+        tell_of_draft_vocabulary(arguments.model_path)
         warn_of_half_precision(arguments, as_dtype(now.config.text_config.dtype or now.config.dtype))
 
 
