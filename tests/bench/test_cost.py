@@ -75,6 +75,13 @@ def test_bytes_follow_the_number_formats(small):
     assert (2 * low.weight_bytes, 2 * low.cache_bytes, low.flops) == (high.weight_bytes, high.cache_bytes, high.flops)
 
 
+def test_quantised_layers_alone(small):
+    """Backbone and MTP block in one byte; heads, compressor, confidence head and embeddings in two."""
+    layers = decode_cost(small, "pipo", 1, 64, weight_bytes_per=1, other_bytes_per=2)
+    all_wide = decode_cost(small, "pipo", 1, 64)
+    assert all_wide.weight_bytes - layers.weight_bytes == small.backbone.dense + small.mtp.dense
+
+
 def test_the_second_head_is_read_where_some_row_commits(small):
     """One row: with probability a. Four rows: nearly always. No commits: never, and the MTP block still is."""
     head = small.head.dense * 2
@@ -126,7 +133,7 @@ def test_every_family_has_sizes(family):
     """Nothing is counted twice or forgotten, tied heads and experts included."""
     config = config_of(family)
     sizes, model = model_sizes(config), pipo_without_weights(config)
-    assert sizes.held("pipo") == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(sizes.held("pipo")) == sum(parameter.numel() for parameter in model.parameters())
     assert sizes.backbone.per_position <= sizes.backbone.read_by(3) <= sizes.backbone.dense + sizes.backbone.experts
     for method in COST_METHODS:
         assert decode_cost(sizes, method, 2, 20).flops > 0 < prefill_cost(sizes, method, 2, 20).flops

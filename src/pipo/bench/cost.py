@@ -77,6 +77,7 @@ def decode_cost(
     draft_vocab: int | None = None,
     weight_bytes_per: float = 2.0,
     cache_bytes_per: float = 2.0,
+    other_bytes_per: float | None = None,
     compressor: str = "mlp",
 ) -> StepCost:
     """One decoding step of `batch` rows.
@@ -87,6 +88,7 @@ def decode_cost(
         commit: share of the drafts that are committed, or accepted.
         draft_vocab: rows of the second head; by default the whole vocabulary.
         weight_bytes_per, cache_bytes_per: bytes of a weight, and of a number in keys and values.
+        other_bytes_per: bytes of a weight outside the layers of backbone and MTP block, where those alone are quantised.
 
     Raises:
         ConfigError: a method that is not counted, or a number that can't be.
@@ -101,7 +103,8 @@ def decode_cost(
         seen = sum(layer.seen(cached + step) for step in range(new))
         count.attend(layer, entries=batch * layer.seen(cached + new - 1), queries=batch * seen)
     count.states(batch * new, passes=2)
-    return count.cost(1.0 if method == "regular" else 1.0 + commit, weight_bytes_per, cache_bytes_per)
+    num_tokens = 1.0 if method == "regular" else 1.0 + commit
+    return count.cost(num_tokens, weight_bytes_per, other_bytes_per, cache_bytes_per)
 
 
 def prefill_cost(
@@ -114,6 +117,7 @@ def prefill_cost(
     draft_vocab: int | None = None,
     weight_bytes_per: float = 2.0,
     cache_bytes_per: float = 2.0,
+    other_bytes_per: float | None = None,
     compressor: str = "mlp",
 ) -> StepCost:
     """Prompts of `context` tokens read to their first tokens. The MTP block runs over the prompts too; heads at their ends alone.
@@ -130,7 +134,8 @@ def prefill_cost(
     for layer in count.sizes.attention(method):
         count.attend(layer, entries=batch * length, queries=batch * layer.seen_in(length))
     count.states(batch * length, passes=1)
-    return count.cost(1.0 + commit if method == "pipo" else 1.0, weight_bytes_per, cache_bytes_per)
+    num_tokens = 1.0 + commit if method == "pipo" else 1.0
+    return count.cost(num_tokens, weight_bytes_per, other_bytes_per, cache_bytes_per)
 
 
 class _Count:
@@ -157,25 +162,29 @@ class _Count:
             raise ConfigError(f"draft_vocab must be from 1 to the vocabulary's {vocab_size:,}, got {draft_vocab}")
         self.batch, self.commit = batch, commit
         self.second_head = self.sizes.head if draft_vocab is None else Weights(draft_vocab * self.sizes.width)
-        self.parameters = self.entries = self.state_bytes = self.flops = 0.0
+        self.layers = self.others = self.entries = self.state_bytes = self.flops = 0.0
 
     def use(self, weights: Weights, positions: float, chance: float = 1.0) -> None:
         """`positions` positions go through a part, of which no weight is read but with this chance."""
-        self.parameters += weights.read_by(positions) * chance
+        read = weights.read_by(positions) * chance
+        if weights is self.sizes.backbone or weights is self.sizes.mtp:
+            self.layers += read
+        else:
+            self.others += read
         self.flops += 2 * weights.per_position * positions
 
     def backbone(self, positions: int) -> None:
         """Embeddings, the compressor where there is one, the layers."""
         if self.method == "pipo":
             self.use(self.sizes.compressor, positions)
-        self.parameters += positions * self.sizes.width * (2 if self.method == "pipo" else 1)
+        self.others += positions * self.sizes.width * (2 if self.method == "pipo" else 1)
         self.use(self.sizes.backbone, positions)
 
     def draft(self, positions: int) -> None:
         """The MTP block at `positions` positions, and one draft per row."""
         if self.method == "regular":
             return
-        self.parameters += positions * self.sizes.width
+        self.others += positions * self.sizes.width
         self.use(self.sizes.mtp, positions)
         if self.method == "speculative":
             self.use(self.second_head, self.batch)
@@ -193,10 +202,13 @@ class _Count:
         self.state_bytes += passes * self.batch * self.sizes.state_bytes
         self.flops += positions * self.sizes.state_flops
 
-    def cost(self, num_tokens: float, weight_bytes_per: float, cache_bytes_per: float) -> StepCost:
+    def cost(
+        self, num_tokens: float, layer_bytes_per: float, other_bytes_per: float | None, cache_bytes_per: float
+    ) -> StepCost:
         """The sum."""
+        others = self.others * (layer_bytes_per if other_bytes_per is None else other_bytes_per)
         cache_bytes = self.entries * cache_bytes_per + self.state_bytes
-        return StepCost(num_tokens, self.parameters * weight_bytes_per, cache_bytes, self.flops)
+        return StepCost(num_tokens, self.layers * layer_bytes_per + others, cache_bytes, self.flops)
 
 
 def method_of(name: str) -> CostMethod:

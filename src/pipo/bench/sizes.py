@@ -82,11 +82,12 @@ class ModelSizes:
     state_flops: int
     """Operations on them, per position."""
 
-    def held(self, method: str) -> int:
-        """Parameters in memory."""
-        parts = [self.backbone, self.head] + [self.mtp] * (method != "regular")
-        parts += [self.compressor, self.confidence] * (method == "pipo")
-        return self.embedding + sum(part.dense + part.experts for part in parts)
+    def held(self, method: str) -> tuple[int, int]:
+        """Parameters in memory: of the layers (backbone's and MTP block's), and all others."""
+        layers = [self.backbone] + [self.mtp] * (method != "regular")
+        others = [self.head] + [self.compressor, self.confidence] * (method == "pipo")
+        inner, outer = (sum(part.dense + part.experts for part in parts) for parts in (layers, others))
+        return inner, self.embedding + outer
 
     def attention(self, method: str) -> tuple[Attention, ...]:
         """The layers that cache keys and values."""

@@ -23,6 +23,7 @@ from pipo.cli import (
     init,
     merge,
     opd,
+    plan,
     report,
     serve,
     sft,
@@ -93,6 +94,7 @@ app.command()(export.export)
 app.command()(fetch.fetch)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.command()(plan.plan)
 app.command()(merge.merge)
 app.command()(sft.sft)
 app.command()(opd.opd)

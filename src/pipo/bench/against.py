@@ -1,0 +1,90 @@
+"""Predictions of `pipo plan` beside what `pipo bench latency` measured, and how far off they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from transformers import PreTrainedConfig
+
+from pipo.bench.cost import COST_METHODS, Machine
+from pipo.bench.deployment import MEASURED, Deployment, Efficiency
+from pipo.bench.grid import Results, Row, read_results
+from pipo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A predicted time beside the measured one, in seconds."""
+
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.predicted_s / self.measured_s - 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of a benchmark. None: it was not measured."""
+
+    method: str
+    batch: int
+    context: int
+    draft_vocab: int | None
+    ttft: Figure | None
+    tpot: Figure | None
+
+
+def read_latency(path: Path) -> Results[Row]:
+    """The results of `pipo bench latency --json FILE`.
+
+    Raises:
+        DataError: another file, or one without the machine's measured limits.
+    """
+    results = read_results(path, "latency", Row)
+    if results.machine is None:
+        raise DataError(f"{path} does not say what its machine was measured to do, so nothing can be predicted for it")
+    return results
+
+
+def compare(results: Results[Row], config: PreTrainedConfig, efficiency: Efficiency = MEASURED) -> list[Comparison]:
+    """Predict each measured row of a method that the cost model knows, on the machine as it was measured in the same run.
+
+    Raises:
+        DataError: no such row.
+    """
+    assert results.machine is not None
+    deployment = Deployment(config, Machine(**results.machine), dtype=results.dtype, efficiency=efficiency)
+    known = [row for row in results.rows if row.method in COST_METHODS and row.error is None]
+    if not known:
+        raise DataError(
+            f"these results hold no measured row of {', '.join(COST_METHODS)}, so there is nothing to compare"
+        )
+    return [_comparison(deployment, row) for row in known]
+
+
+def _comparison(deployment: Deployment, row: Row) -> Comparison:
+    commit = 0.0 if row.commit is None else row.commit
+    drafts = commit, row.draft_vocab
+    first = deployment.prefill(row.method, row.batch, row.context, *drafts)
+    written = (row.num_steps or 0) * (1 + commit)
+    step, num_tokens = deployment.decode(row.method, row.batch, row.context + written / 2, *drafts)
+    return Comparison(
+        row.method,
+        row.batch,
+        row.context,
+        row.draft_vocab,
+        None if row.ttft_s is None else Figure(first.seconds, row.ttft_s),
+        None if row.tpot_s is None else Figure(step.seconds / num_tokens, row.tpot_s),
+    )
+
+
+def median_error(figures: Sequence[Figure | None]) -> float | None:
+    """The median of the errors' sizes; None where nothing was measured."""
+    sizes = [abs(figure.error) for figure in figures if figure is not None]
+    return median(sizes) if sizes else None
