@@ -117,7 +117,7 @@ def test_every_tie_at_the_kth_place_stays():
     assert kept[0].nonzero().flatten().tolist() == [1, 2, 3, 4]
 
 
-def test_top_p_with_top_k_sorts_nothing(monkeypatch):
+def test_no_filter_sorts_the_vocabulary(monkeypatch):
     """A full sort of 248,320 logits costs more than the rest of sampling."""
 
     def refuse(*_, **__):
@@ -125,11 +125,8 @@ def test_top_p_with_top_k_sorts_nothing(monkeypatch):
 
     for owner, name in [(torch.Tensor, "sort"), (torch, "sort"), (torch.Tensor, "argsort"), (torch, "argsort")]:
         monkeypatch.setattr(owner, name, refuse)
-    batch = batch_of(SamplingParams(top_p=0.9, top_k=5), SamplingParams(min_p=0.1), SamplingParams(temperature=0))
-    assert not batch.needs_sort
-    process_logits(torch.randn(3, 16), batch)
-    with pytest.raises(AssertionError, match="sorted"):
-        process_logits(torch.randn(1, 16), batch_of(SamplingParams(top_p=0.9)))
+    params = [SamplingParams(top_p=0.9, top_k=5), SamplingParams(min_p=0.1), SamplingParams(temperature=0)]
+    process_logits(torch.randn(4, 16), batch_of(*params, SamplingParams(top_p=0.9)))
 
 
 def test_a_tiny_temperature_does_not_overflow():
@@ -210,6 +207,7 @@ def test_history_rebuilt_equals_history_kept():
     rebuilt = TokenHistory(batch, prompts, outputs)
     assert torch.equal(kept.counts_PV, rebuilt.counts_PV)
     assert torch.equal(kept.in_prompt_PV, rebuilt.in_prompt_PV)
+    assert torch.equal(kept.penalty_PV, rebuilt.penalty_PV)
     assert kept.counts_PV.shape == (2, 9)
 
 
@@ -218,8 +216,9 @@ def test_history_rebuilt_equals_history_kept():
 
 def test_flags_name_the_work_that_is_needed():
     plain = batch_of(SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.2), SamplingParams(temperature=0))
-    assert (plain.all_greedy, plain.any_greedy, plain.max_top_k, plain.needs_sort) == (True, True, 0, False)
+    assert (plain.all_greedy, plain.any_greedy, plain.max_top_k, plain.max_kept) == (True, True, 0, 0)
     assert not plain.any_penalty
+    assert plain.nucleus_rows is None
     assert plain.biases is None
     assert plain.min_stops is None
     assert plain.max_logprobs is None
@@ -229,7 +228,7 @@ def test_flags_name_the_work_that_is_needed():
         SamplingParams(top_p=0.5, presence_penalty=1, logprobs=0, threshold=1.01),
     )
     assert (mixed.all_greedy, mixed.any_greedy, mixed.max_top_k, mixed.max_logprobs) == (False, False, 7, 3)
-    assert mixed.sorted_rows.tolist() == [2]
+    assert mixed.nucleus_rows.tolist() == [2]
     assert mixed.penalised == (2,)
     assert not mixed.any_drafts
     assert batch_of(SamplingParams(threshold=1.0)).any_drafts

@@ -87,8 +87,8 @@ class SamplingBatch:
     penalised: tuple[int, ...]
     """The P rows that use penalties."""
     penalised_P: Tensor
-    sorted_rows: Tensor | None
-    """Rows with top-p but without top-k: only these sort the whole vocabulary."""
+    nucleus_rows: Tensor | None
+    """Rows with top-p but without top-k: only these look for their nucleus in the whole vocabulary."""
     biases: Entries | None
     min_stops: Entries | None
     """Stop ids of the rows that use min-tokens; each value is the row's min-tokens."""
@@ -99,6 +99,10 @@ class SamplingBatch:
     any_top_p_with_top_k: bool
     max_top_k: int
     """Largest top-k in use, 0 where none is."""
+    max_kept: int
+    """Where every row has a top-k or is greedy, and not all are: the largest top-k in use. Else 0."""
+    any_repetition: bool
+    """Whether a row uses the repetition penalty."""
     max_logprobs: int | None
     """Most alternatives that a row asks for; `None` where no row asks for log-probabilities."""
     any_drafts: bool
@@ -108,11 +112,6 @@ class SamplingBatch:
     def any_penalty(self) -> bool:
         """Whether a row uses penalties."""
         return bool(self.penalised)
-
-    @property
-    def needs_sort(self) -> bool:
-        """Whether a row makes a full sort of the vocabulary necessary."""
-        return self.sorted_rows is not None
 
     @classmethod
     def build(
@@ -140,7 +139,9 @@ class SamplingBatch:
         top_p = [1.0 if p.greedy else p.top_p for p in params]
         min_p = [0.0 if p.greedy else p.min_p for p in params]
         penalised = tuple(i for i, p in enumerate(params) if _uses_penalties(p))
-        to_sort = [i for i, (p, k) in enumerate(zip(top_p, top_k, strict=True)) if p < 1 and k == vocab_size]
+        with_nucleus = [i for i, (p, k) in enumerate(zip(top_p, top_k, strict=True)) if p < 1 and k == vocab_size]
+        max_top_k = max((k for k in top_k if k < vocab_size), default=0)
+        bounded = all(p.greedy or k < vocab_size for p, k in zip(params, top_k, strict=True))
         biases = [(i, token, bias) for i, p in enumerate(params) for token, bias in (p.logit_bias or {}).items()]
         integers = [[splitmix64(seed) for seed in seeds], top_k, [int(p.greedy) for p in params]]
         key_B, top_k_B, greedy_B = to_device(torch.tensor(integers, dtype=torch.int64), device).unbind()
@@ -155,14 +156,16 @@ class SamplingBatch:
             greedy_B=greedy_B.bool(),
             penalised=penalised,
             penalised_P=_indices(penalised, device),
-            sorted_rows=_indices(to_sort, device) if to_sort else None,
+            nucleus_rows=_indices(with_nucleus, device) if with_nucleus else None,
             biases=_entries(_at_places(biases, place_of), torch.float32, device),
             min_stops=_entries(_at_places(_min_stops(params, stop_ids), place_of), torch.int64, device),
             all_greedy=all(p.greedy for p in params),
             any_greedy=any(p.greedy for p in params),
             any_min_p=any(value > 0 for value in min_p),
             any_top_p_with_top_k=any(p < 1 and k < vocab_size for p, k in zip(top_p, top_k, strict=True)),
-            max_top_k=max((k for k in top_k if k < vocab_size), default=0),
+            max_top_k=max_top_k,
+            max_kept=max_top_k if bounded else 0,
+            any_repetition=any(p.repetition_penalty != 1 for p in params),
             max_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
             any_drafts=any(draws_drafts(p.tau) for p in params),
         )
@@ -186,6 +189,10 @@ class TokenHistory:
             self.in_prompt_PV[p].index_fill_(0, prompt, True)
             output = _indices(outputs[row], batch.device)
             self.counts_PV[p].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        self._frequency_P1 = batch.frequency_B[self.rows_P].unsqueeze(1)
+        self._presence_P1 = batch.presence_B[self.rows_P].unsqueeze(1)
+        self.penalty_PV = self._penalty(self.counts_PV)
+        """What frequency and presence take off each logit."""
 
     def add(self, token_ids_B: Tensor, mask_B: Tensor | None = None, times: int = 1) -> None:
         """Count one token per row where `mask_B` is True (everywhere without it).
@@ -197,12 +204,18 @@ class TokenHistory:
         if mask_B is not None:
             amount_P1 *= mask_B[self.rows_P].unsqueeze(1)
         self.counts_PV.scatter_add_(1, token_ids_P1, amount_P1)
+        counts_P1 = self.counts_PV.gather(1, token_ids_P1)
+        self.penalty_PV.scatter_(1, token_ids_P1, self._penalty(counts_P1))
+
+    def _penalty(self, counts_PK: Tensor) -> Tensor:
+        return self._frequency_P1 * counts_PK + self._presence_P1 * (counts_PK > 0)
 
     def within(self, ids_N: Tensor, num_more: int = 0) -> TokenHistory:
         """A copy for logits of a part of the vocabulary, in the order of `ids_N`, with `num_more` more of what never occurs."""
         part = copy.copy(self)
         part.counts_PV = F.pad(self.counts_PV[:, ids_N], (0, num_more))
         part.in_prompt_PV = F.pad(self.in_prompt_PV[:, ids_N], (0, num_more))
+        part.penalty_PV = F.pad(self.penalty_PV[:, ids_N], (0, num_more))
         return part
 
 

@@ -24,10 +24,12 @@ from pipo.model.modeling import PipoForCausalLM
 from pipo.model.sampling import (
     TOKEN1,
     TOKEN2,
+    Kept,
     SamplingBatch,
     TokenHistory,
     TokenLogprobs,
     drawn_logprobs,
+    kept_logits,
     process_logits,
     sample,
     token_logprobs,
@@ -87,8 +89,8 @@ class Rows:
     def draw(self, logits_BV: Tensor) -> tuple[Tensor, TokenLogprobs | None]:
         """Token 1 of every row, and its log-probabilities under the raw logits where somebody asks."""
         limited_BV = self._limit(logits_BV, [c.allowed() for c in self.constraints.values()])
-        processed_BV = process_logits(limited_BV, self.batch, self.history, self.num_tokens_B)
-        return self._draw(logits_BV, processed_BV, TOKEN1)
+        kept = kept_logits(limited_BV, self.batch, self.history, self.num_tokens_B)
+        return self._draw(logits_BV, kept, TOKEN1)
 
     def draft_logits(self, model: Drafter, mtp_hidden_BH: Tensor) -> Tensor:
         """`[B, H] → [B, V]`, or over the places of the draft vocabulary: the second head."""
@@ -96,7 +98,8 @@ class Rows:
 
     def draw_draft(self, logits_BV: Tensor, token1_B: Tensor) -> DrawnDraft:
         """Token 2 after token 1, from :meth:`draft_logits`. Log-probabilities are under these logits, too."""
-        place_B, logprobs = self._draw(logits_BV, self.process_draft(logits_BV, 1, token1_B), TOKEN2)
+        kept = kept_logits(*self._draft_input(logits_BV, 1, token1_B))
+        place_B, logprobs = self._draw(logits_BV, kept, TOKEN2)
         if self.part is None:
             return DrawnDraft(place_B, place_B, logprobs)
         token_M = self.part.vocab.token_M
@@ -109,8 +112,14 @@ class Rows:
         """The rows' parameters, laid out for :meth:`draft_logits`."""
         return self.batch if self.part is None else self.part.batch
 
-    def process_draft(self, logits_BV: Tensor, num_new_B: Tensor | int, token1_B: Tensor | None = None) -> Tensor:
-        """The logits that a draft is drawn from. `num_new_B`: tokens that this step writes before it; `token1_B`: for grammars."""
+    def process_draft(self, logits_BV: Tensor, num_new_B: Tensor | int) -> Tensor:
+        """The logits that a draft is drawn from, where no grammar limits it. `num_new_B`: tokens that this step writes before it."""
+        return process_logits(*self._draft_input(logits_BV, num_new_B, None))
+
+    def _draft_input(
+        self, logits_BV: Tensor, num_new_B: Tensor | int, token1_B: Tensor | None
+    ) -> tuple[Tensor, SamplingBatch, TokenHistory | None, Tensor | None]:
+        """What is processed for a draft after token 1, which only grammars look at."""
         history, vocab = self.history, None if self.part is None else self.part.vocab
         if history is not None and vocab is not None:
             history = history.within(vocab.ids_N, int(vocab.has_elsewhere))
@@ -120,18 +129,19 @@ class Rows:
             allowed = [c.allowed_after(tokens[row]) for row, c in self.constraints.items()]
             logits_BV = self._limit(logits_BV, allowed if vocab is None else [vocab.allowed(one) for one in allowed])
         num_tokens_B = None if self.num_tokens_B is None else self.num_tokens_B + num_new_B
-        return process_logits(logits_BV, self.draft_batch, history, num_tokens_B)
+        return logits_BV, self.draft_batch, history, num_tokens_B
 
-    def _draw(self, logits_BV: Tensor, processed_BV: Tensor, slot: int) -> tuple[Tensor, TokenLogprobs | None]:
+    def _draw(self, logits_BV: Tensor, kept: Kept, slot: int) -> tuple[Tensor, TokenLogprobs | None]:
         batch = self.draft_batch if slot == TOKEN2 else self.batch
-        drawn_B = sample(processed_BV, batch, self.position_B, slot)
+        column_B = sample(kept.logits_BK, batch, self.position_B, slot)
+        drawn_B = kept.token(column_B)
         num = self.num_logprobs
         if num is None:
             return drawn_B, None
         num_named = self.part.vocab.size if self.part is not None and slot == TOKEN2 else None
         found = token_logprobs(logits_BV, drawn_B, num, num_named)
         if self.records:
-            found = found._replace(drawn_B=drawn_logprobs(processed_BV, batch, drawn_B))
+            found = found._replace(drawn_B=drawn_logprobs(kept.logits_BK, batch, column_B))
         return drawn_B, found
 
     def _limit(self, logits_BV: Tensor, allowed: Sequence[Tensor]) -> Tensor:
