@@ -27,11 +27,12 @@ class Largest(NamedTuple):
 
 
 def in_blocks(values_BV: Tensor, fill: float) -> Tensor:
-    """`[B, N, W]`: the rows cut into blocks of neighbours, the last one filled up."""
+    """`[B, N, W]`: the rows cut into blocks of neighbours, the last one filled up. A view where nothing is missing."""
     missing = -values_BV.shape[-1] % WIDTH
     if missing:
         values_BV = torch.nn.functional.pad(values_BV, (0, missing), value=fill)
-    return values_BV.unflatten(-1, (-1, WIDTH))
+    num_rows, size = values_BV.shape
+    return values_BV.view(num_rows, size // WIDTH, WIDTH)
 
 
 def block_of(blocks_BNW: Tensor, index_BK: Tensor) -> Tensor:
