@@ -9,6 +9,7 @@
     ├── UnsupportedModelError   a model family, or a combination of features, that PIPO can't run
     ├── EndpointError           a server that a run depends on can't be reached, or does not answer as it should
     ├── PeerError               an engine of others that a benchmark compares with is not installed, or failed
+    ├── KernelError             the CPU's kernels can't be compiled or loaded on this machine
     ├── TrainingError           a run of training can't go on
     └── RequestError            a generation request that can't be served as asked
         └── ContextLengthError  its prompt leaves no room to generate
@@ -26,6 +27,7 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "EndpointError",
+    "KernelError",
     "PairingError",
     "PeerError",
     "PipoError",
@@ -70,6 +72,10 @@ class EndpointError(PipoError, ValueError):
 
 class PeerError(PipoError, ValueError):
     """An engine of others that a benchmark compares with is not installed, can't run the model, or failed; the message has its words."""
+
+
+class KernelError(PipoError, ValueError):
+    """The CPU's kernels can't be compiled or loaded on this machine; the message says what is missing or what the compiler said."""
 
 
 class TrainingError(PipoError, ValueError):

@@ -1,0 +1,264 @@
+"""Decode on a CPU at the memory's rate: a decoder's layers and products replaced, where they are known to be the same.
+
+No family is named here. A layer whose parts are those of the common design (RMS norm, grouped attention with a rotary embedding, RMS
+norm, gated MLP) is run by :mod:`pipo.kernels` once it has given what the stock layer gives, on random input and the layer's own
+weights. A layer with other parts, or another result, stays as it is; in it, as everywhere, products of a few rows of bfloat16 go
+through our own kernel. Training, prefill and other caches go through the stock modules: nothing of the model changes but how
+:class:`RowCache` steps are computed.
+
+Shape legend: B rows, T new positions, H width, S cached positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipo.kernels.cpu import FEW_ROWS, DecoderLayer, LayerWeights, linear
+from pipo.model.cache import RowCache
+from pipo.model.drafter import Drafter
+from pipo.model.row_state import prefill_cache
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-4}
+"""Largest relative error of what a layer adds and of the keys and values it writes, in the 2-norm."""
+CHECKED_LENGTHS = (3, 9)
+"""Cached positions of the rows on which a layer is compared."""
+
+
+@dataclass
+class Fusion:
+    """What runs through kernels of our own. `stock`: a layer's name → why it stays as it is."""
+
+    layers: list[str] = field(default_factory=list)
+    stock: dict[str, str] = field(default_factory=dict)
+    num_products: int = 0
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Make the model what it was."""
+        for step in self._undo:
+            step()
+        self._undo.clear()
+
+
+@torch.no_grad()
+def fuse(model: Drafter) -> Fusion:
+    """Replace what can be replaced in a model in memory (its weights stay where they are).
+
+    Raises:
+        KernelError: the kernels can't be compiled here.
+    """
+    fusion = Fusion()
+    decoder = model.backbone.decoder
+    named = [(f"layers.{i}", layer, i) for i, layer in enumerate(decoder.layers)]
+    if model.mtp is not None:
+        named.append(("mtp.layers.0", model.mtp.layers[0], model.backbone.num_layers))
+    for name, layer, index in named:
+        why = _fuse_layer(model, layer, index, fusion)
+        if why is None:
+            fusion.layers.append(name)
+        else:
+            fusion.stock[name] = why
+    for module in _modules(model):
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+            _replace(module, _few_rows(module, module.forward), fusion)
+            fusion.num_products += 1
+    model.backbone.float32_product = float32_product
+    fusion._undo.append(lambda: setattr(model.backbone, "float32_product", None))
+    return fusion
+
+
+def float32_product(head: nn.Linear, hidden_BH: Tensor) -> Tensor | None:
+    """Logits `[B, V]` in float32 from bfloat16 weights, exact sums included; None where PyTorch should do it."""
+    weight = head.weight
+    if weight.dtype != torch.bfloat16 or hidden_BH.dtype != weight.dtype or not weight.is_contiguous():
+        return None
+    parts = [linear(part, weight, head.bias, torch.float32) for part in hidden_BH.split(FEW_ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    return list(model.modules())
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any], fusion: Fusion) -> None:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+
+    def undo() -> None:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+
+    fusion._undo.append(undo)
+
+
+def _few_rows(module: nn.Linear, stock: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A product that is ours for a few rows of bfloat16 while nothing is trained."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == weight.dtype == torch.bfloat16
+        if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
+            return stock(x)
+        return linear(x, weight, module.bias)
+
+    return forward
+
+
+# --- layers -------------------------------------------------------------------------------------------
+
+
+def _fuse_layer(model: Drafter, layer: nn.Module, index: int, fusion: Fusion) -> str | None:
+    """Replace a layer's forward; or why not."""
+    weights = _weights_of(layer)
+    if isinstance(weights, str):
+        return weights
+    kinds = getattr(model.backbone.config, "layer_types", None)
+    kind = (kinds or ["full_attention"] * (index + 1))[min(index, model.backbone.template_index if index >= len(kinds or []) else index)]
+    if kind != "full_attention" or getattr(layer.self_attn, "sliding_window", None) is not None:
+        return f"its attention is not full ({kind})"
+    try:
+        kernel = DecoderLayer(weights)
+    except ValueError as error:
+        return str(error)
+    run = _FusedLayer(layer, kernel, index, layer.forward)
+    error = _difference(model, run, index)
+    tolerance = TOLERANCE[kernel.dtype]
+    if not error <= tolerance:
+        return f"its result is another one: {error:.2g} off, more than {tolerance:g}"
+    _replace(layer, run, fusion)
+    return None
+
+
+def _weights_of(layer: Any) -> LayerWeights | str:
+    """A layer of the common design as the kernel takes it; or what is different."""
+    parts = set(dict(layer.named_children()))
+    if parts != PARTS:
+        return f"its parts are {', '.join(sorted(parts))}"
+    attention, mlp = layer.self_attn, layer.mlp
+    inside, inside_mlp = (set(dict(m.named_children())) for m in (attention, mlp))
+    inside_mlp = {name for name in inside_mlp if any(True for _ in getattr(mlp, name).parameters())}
+    if inside not in (ATTENTION_PARTS, ATTENTION_PARTS | HEAD_NORMS) or inside_mlp != MLP_PARTS:
+        return f"its attention has {', '.join(sorted(inside))}, its MLP {', '.join(sorted(inside_mlp))}"
+    products = {n: getattr(attention, n) for n in ATTENTION_PARTS} | {n: getattr(mlp, n) for n in MLP_PARTS}
+    if others := [name for name, module in products.items() if type(module) is not nn.Linear]:
+        return f"{', '.join(others)} are no plain linear layers"
+    if any(products[name].bias is not None for name in MLP_PARTS):
+        return "its MLP has biases"
+    norms = {name: getattr(attention, name, None) for name in HEAD_NORMS}
+    heads = {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    weights: dict[str, Any] = {n[0]: products[n].weight for n in ATTENTION_PARTS}
+    weights |= {f"{n[0]}_bias": products[n].bias for n in ATTENTION_PARTS}
+    weights |= {n.removesuffix("_proj"): products[n].weight for n in MLP_PARTS}
+    return LayerWeights(
+        **weights,
+        **heads,
+        norm1=first.weight,
+        norm2=second.weight,
+        head_dim=int(attention.head_dim),
+        eps1=_eps(first),
+        eps2=_eps(second),
+        head_eps=_eps(norms["q_norm"]),
+        scale=float(attention.scaling),
+    )
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
+
+
+class _FusedLayer:
+    """A decoder layer's forward: ours for a step of few rows, the stock one for everything else."""
+
+    def __init__(self, layer: Any, kernel: DecoderLayer, index: int, stock: Callable[..., Any]) -> None:
+        self._layer, self.kernel, self._index, self.stock = layer, kernel, index, stock
+        self._parts = self._now()
+
+    def _now(self) -> list[int]:
+        parts = [*self._layer._modules.values(), *self._layer.self_attn._modules.values(), *self._layer.mlp._modules.values()]
+        return [id(part) for part in parts]
+
+    def _unchanged(self) -> bool:
+        """Nobody has put another module in, or moved a weight, since."""
+        if self._parts != self._now() or self.kernel.weights.q is not self._layer.self_attn.q_proj.weight:
+            return False
+        return not self.kernel.moved()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            isinstance(past_key_values, RowCache)
+            and position_embeddings is not None
+            and hidden_states.dtype == self.kernel.dtype == position_embeddings[0].dtype
+            and hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and self._unchanged()
+        ):
+            entries = past_key_values.layers[self._index]
+            if entries.keys is not None and entries.keys.dtype == self.kernel.dtype:
+                cos, sin = position_embeddings
+                return self.kernel(
+                    hidden_states, cos, sin, past_key_values.positions_BT, entries.keys, entries.values
+                )
+        return self.stock(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+
+def _difference(model: Drafter, run: _FusedLayer, index: int) -> float:
+    """How far our layer is off the stock one in a step of two rows of unlike length: the largest relative error."""
+    generator = torch.Generator().manual_seed(0)
+    config, weights = model.backbone.config, run.kernel.weights
+    dtype, width = run.kernel.dtype, len(weights.norm1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    heads, head_dim = len(weights.k) // weights.head_dim, weights.head_dim
+    entries = [random(len(CHECKED_LENGTHS), heads, max(CHECKED_LENGTHS), head_dim) for _ in range(2)]
+    x_BTH = random(len(CHECKED_LENGTHS), 2, width) * 0.05  # small beside what the layer adds, which is what counts
+    results: list[tuple[Tensor, ...]] = []
+    for forward in (run.stock, run):
+        cache = RowCache(config, x_BTH.device)
+        filled = prefill_cache(config)
+        filled.layers[index].update(*(t.clone() for t in entries))
+        cache.adopt(filled, CHECKED_LENGTHS)
+        positions_BT = cache.begin(2)
+        masks = cache.masks(dtype)
+        mask = masks["full_attention"] if isinstance(masks, dict) else masks
+        angles = model.backbone.decoder.rotary_emb(x_BTH, positions_BT)
+        out = forward(
+            x_BTH, attention_mask=mask, position_ids=positions_BT, past_key_values=cache, use_cache=True, position_embeddings=angles
+        )
+        out = out[0] if isinstance(out, tuple) else out
+        written: Any = cache.layers[index]
+        results.append((out - x_BTH, written.keys, written.values))
+    stock, ours = results
+    errors = [float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-9)) for a, b in zip(stock, ours, strict=True)]
+    return max(errors)
