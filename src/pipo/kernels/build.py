@@ -20,7 +20,7 @@ import torch
 from pipo.errors import KernelError
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
 SOURCE = "layer.cpp"
 TIMEOUT_S = 300
 

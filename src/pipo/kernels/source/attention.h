@@ -24,8 +24,7 @@ inline void add_values(const T* v, long D, const float* p, long Q, long count, f
       for (int i = 0; i < 8; i++) a0[i] = load16(out + q * D + d + 16 * i), a1[i] = load16(out + (q + two) * D + d + 16 * i);
       for (long j = 0; j < count; j++) {
         const T* row = v + j * D + d;
-        __builtin_prefetch((const char*)row + kAhead);
-        __builtin_prefetch((const char*)row + kAhead + 64);
+        for (long line = 0; line < 128 * long(sizeof(T)); line += 64) __builtin_prefetch((const char*)(row + kBlock * D) + line, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
           const f32x16 x = load16(row + 16 * i);
@@ -56,12 +55,17 @@ inline void attend(const Packed<T>& q, const T* k, const T* v, long D, long begi
   std::fill(partials, partials + Q, Partial{-INFINITY, 0});
   for (long s = begin; s < end; s += kBlock) {
     const long count = std::min(kBlock, end - s);
-    some_rows(k, s, s + count, q, scores, kBlock);
+    some_rows(k, s, s + count, q, scores, kBlock, kBlock * D * long(sizeof(T)));
     for (long i = 0; i < Q; i++) {
       float* p = scores + i * kBlock;
       std::fill(p + count, p + kBlock, -INFINITY);
+      f32x16 highest = load16(p);
+      for (long j = 16; j < kBlock; j += 16) {
+        const f32x16 next = load16(p + j);
+        highest = next > highest ? next : highest;
+      }
       float largest = partials[i].largest;
-      for (long j = 0; j < count; j++) largest = std::max(largest, p[j] * scale);
+      for (int j = 0; j < 16; j++) largest = std::max(largest, highest[j] * scale);
       const float shrink = std::exp(partials[i].largest - largest);
       f32x16 total = {};
       for (long j = 0; j < kBlock; j += 16) {

@@ -58,10 +58,9 @@ template <class T> struct Packed {
 };
 
 // out[r * M + m] = w[r] . x[m], for R rows of w, `ldw` apart, and a packed group of M rows.
-template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, const T* x, float* out) {
+template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, const T* x, float* out, long ahead) {
   typedef Dot<T> D;
   constexpr int U = R * M == 1 ? 4 : R * M <= 3 ? 2 : 1;  // chains of sums: one would wait for itself
-  const long ahead = R == 1 && M == 1 ? kAhead : R * ldw * long(sizeof(T));
   f32x16 acc[U][R * M];
   for (int u = 0; u < U; u++)
     for (int i = 0; i < R * M; i++) acc[u][i] = f32x16{};
@@ -71,7 +70,7 @@ template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, 
     for (int u = 0; u < U; u++) {
       const long at = k + u * D::step;
       typename D::Vec ws[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const T* row = w + r * ldw + at;
         __builtin_prefetch((const char*)row + ahead, 0, 2);
@@ -80,7 +79,7 @@ template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, 
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
         const typename D::Vec xs = D::load(x + at * M + m * D::step);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) acc[u][r * M + m] = D::add(acc[u][r * M + m], xs, ws[r]);
       }
     }
@@ -100,9 +99,10 @@ template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, 
   for (; i < R * M; i++) out[i] = sum16(acc[0][i]);
 }
 
-// Rows `begin` to `end` of the weights with one group: y[m * ldy + n - begin].
-template <class T, int M> inline void group_rows(const T* w, long K, long begin, long end, const T* x, float* y, long ldy) {
-  constexpr int R = M == 1 ? 1 : M <= 4 ? 4 : 2;
+// Rows `begin` to `end` of the weights with one group: y[m * ldy + n - begin]. `ahead`: see `some_rows`.
+template <class T, int R, int M>
+inline void group_rows(const T* w, long K, long begin, long end, const T* x, float* y, long ldy, long ahead) {
+  if (!ahead) ahead = R == 1 ? kAhead : R * K * long(sizeof(T));
   float out[R * M];
   const long depth = M == 1 ? K : kDepth;  // one row is one stream, which memory likes best
   for (long k = 0; k < K; k += depth) {
@@ -115,25 +115,31 @@ template <class T, int M> inline void group_rows(const T* w, long K, long begin,
         }
     };
     long n = begin;
-    for (; n + R <= end; n += R) dots<T, R, M>(w + n * K + k, K, count, x + k * M, out), add(n, R);
-    for (; n < end; n++) dots<T, 1, M>(w + n * K + k, K, count, x + k * M, out), add(n, 1);
+    for (; n + R <= end; n += R) dots<T, R, M>(w + n * K + k, K, count, x + k * M, out, ahead), add(n, R);
+    for (; n < end; n++) dots<T, 1, M>(w + n * K + k, K, count, x + k * M, out, ahead), add(n, 1);
   }
 }
 
+// Bytes are fetched `ahead` of their use; 0: as suits weights, of which a single row is best read as one stream.
 template <class T>
-inline void some_rows(const T* w, long begin, long end, const Packed<T>& x, float* y, long ldy) {
+inline void some_rows(const T* w, long begin, long end, const Packed<T>& x, float* y, long ldy, long ahead = 0) {
   for (long g = 0; g * kGroup < x.M; g++) {
     const T* group = x.group(g);
     float* to = y + g * kGroup * ldy;
-    switch (x.width(g)) {
-      case 1: group_rows<T, 1>(w, x.K, begin, end, group, to, ldy); break;
-      case 2: group_rows<T, 2>(w, x.K, begin, end, group, to, ldy); break;
-      case 3: group_rows<T, 3>(w, x.K, begin, end, group, to, ldy); break;
-      case 4: group_rows<T, 4>(w, x.K, begin, end, group, to, ldy); break;
-      case 5: group_rows<T, 5>(w, x.K, begin, end, group, to, ldy); break;
-      case 6: group_rows<T, 6>(w, x.K, begin, end, group, to, ldy); break;
-      case 7: group_rows<T, 7>(w, x.K, begin, end, group, to, ldy); break;
-      default: group_rows<T, 8>(w, x.K, begin, end, group, to, ldy);
+    switch (x.width(g)) {  // so many rows of weights at a time that about 16 sums are kept
+      case 1:
+        if (ahead)
+          group_rows<T, 16, 1>(w, x.K, begin, end, group, to, ldy, ahead);
+        else
+          group_rows<T, 1, 1>(w, x.K, begin, end, group, to, ldy, ahead);
+        break;
+      case 2: group_rows<T, 8, 2>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      case 3: group_rows<T, 4, 3>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      case 4: group_rows<T, 4, 4>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      case 5: group_rows<T, 2, 5>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      case 6: group_rows<T, 2, 6>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      case 7: group_rows<T, 2, 7>(w, x.K, begin, end, group, to, ldy, ahead); break;
+      default: group_rows<T, 2, 8>(w, x.K, begin, end, group, to, ldy, ahead);
     }
   }
 }
