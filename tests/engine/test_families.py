@@ -20,12 +20,12 @@ def prompt(ids: list[int]) -> dict[str, list[int]]:
 
 
 def generate(
-    model: PipoForCausalLM, prompts: list[list[int]], thresholds: list[float], n: int = 24
+    model: PipoForCausalLM, prompts: list[list[int]], thresholds: list[float], n: int = 24, kernels: str = "torch"
 ) -> list[RequestOutput]:
     params = [
         SamplingParams(temperature=0, threshold=t, max_tokens=n, ignore_eos=True, record_pairs=True) for t in thresholds
     ]
-    return LLM(model, max_num_seqs=4).generate([prompt(p) for p in prompts], params)
+    return LLM(model, max_num_seqs=4, kernels=kernels).generate([prompt(p) for p in prompts], params)
 
 
 def slots_of(output: RequestOutput) -> list[int]:
@@ -69,19 +69,20 @@ def _between_confidences(outputs: list[RequestOutput], quantile: float) -> float
     return (shown[low] + shown[low + 1]) / 2
 
 
+@pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_equals_the_teacher_forced_forward(family: str) -> None:
+def test_decoding_equals_the_teacher_forced_forward(family: str, kernels: str) -> None:
     model = pipo_model(family, compressor="linear" if family == "llama" else "mlp")
-    probe = generate(model, PROMPTS, [0.0] * len(PROMPTS))
+    probe = generate(model, PROMPTS, [0.0] * len(PROMPTS), kernels=kernels)
     quantiles = [_between_confidences(probe, q) for q in (0.2, 0.5, 0.8)]
     for threshold in (0.0, *quantiles, 1.01):
-        outputs = generate(model, PROMPTS, [threshold] * len(PROMPTS))
+        outputs = generate(model, PROMPTS, [threshold] * len(PROMPTS), kernels=kernels)
         checked = sum(check_against_forward(model, output, threshold) for output in outputs)
         assert checked > 100
     mixed = [0.0, *quantiles, 1.01]
-    together = generate(model, PROMPTS, mixed)
+    together = generate(model, PROMPTS, mixed, kernels=kernels)
     for ids, threshold, output in zip(PROMPTS, mixed, together, strict=True):
-        alone = generate(model, [ids], [threshold])[0]
+        alone = generate(model, [ids], [threshold], kernels=kernels)[0]
         check_against_forward(model, output, threshold)
         assert alone.token_ids == output.token_ids
 

@@ -68,6 +68,14 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Kernels(StrEnum):
+    """What computes decoding on a CPU."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+
+
 def option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
     """One option of a group, for :func:`takes`; `args` and `settings` as `typer.Option` takes them."""
     annotation = Annotated[kind, typer.Option(*args, rich_help_panel=panel, **settings)]
@@ -146,6 +154,13 @@ ENGINE_OPTIONS = (
         "What drafts are drawn from: a file of `pipo draft-vocab`, the first N ids, off (the whole vocabulary), or checkpoint (its own "
         "file, where it has one).",
         metavar="FILE|N|off",
+    ),
+    _engine(
+        "kernels",
+        Kernels,
+        Kernels.AUTO,
+        "What decodes on a CPU: native, kernels of our own that the system's C++ compiler makes on first use; torch, PyTorch's. "
+        "auto: native for bfloat16.",
     ),
 )
 

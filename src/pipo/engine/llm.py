@@ -32,6 +32,7 @@ from pipo.engine.loading import (
     generation_defaults,
     ids_of,
     load_model,
+    use_kernels,
 )
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
@@ -68,9 +69,11 @@ class LLM:
         draft_vocab: what drafts are drawn from. `checkpoint`: the checkpoint's `draft_vocab.json` where it has one (a model in memory has
             none), else the whole vocabulary; `None`: the whole; a file that `pipo draft-vocab` wrote, or its folder; token ids; or a
             number, for the first so many ids. `regular` drafts nothing, and leaves it alone.
+        kernels: on a CPU, `native`: decode by kernels of our own, compiled on first use; `torch`: PyTorch's; `auto`: native for bfloat16
+            weights. By default `auto` for a checkpoint, and `torch` for a model in memory. What runs through ours is in `fusion`.
 
     Raises:
-        CheckpointError, ConfigError, UnsupportedModelError
+        CheckpointError, ConfigError, KernelError, UnsupportedModelError
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class LLM:
         remember_pairs: int = 0,
         seed: int | None = None,
         draft_vocab: DraftVocabulary = OF_CHECKPOINT,
+        kernels: str | None = None,
     ) -> None:
         if method not in ("pipo", *BASELINES):
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
@@ -105,6 +109,7 @@ class LLM:
             home = tokenizer_home(folder)
             self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(home)
             generation = generation_defaults(home)
+        self.fusion = use_kernels(self.model, kernels, shared=isinstance(model, nn.Module))
         text_config = self.model.backbone.config
         self.vocab_size = int(text_config.vocab_size)
         self.eos_token_ids = ids_of(text_config.eos_token_id) | ids_of(generation.get("eos_token_id"))

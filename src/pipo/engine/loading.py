@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from pipo.engine.core import CacheBudget
 from pipo.engine.runner import Runner
-from pipo.errors import CheckpointError, ConfigError
+from pipo.errors import CheckpointError, ConfigError, KernelError
 from pipo.model.adapter import is_adapter, read_adapter, tokenizer_home
 from pipo.model.base import BaseForCausalLM
 from pipo.model.checkpoint import is_pipo, load_config, load_pipo, read_gate
@@ -23,7 +24,10 @@ from pipo.model.draft_vocab import DRAFT_VOCAB, DraftIds, first_ids, read_draft_
 from pipo.model.files import TOKENIZER_FILES, WeightFiles, read_json
 from pipo.model.files import find_checkpoint as find_checkpoint
 from pipo.model.fingerprint import base_fingerprint
+from pipo.model.fused import Fusion, fuse
 from pipo.model.modeling import PipoForCausalLM
+
+logger = logging.getLogger("pipo")
 
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
 """Share of the free memory that the cache may take, unless told otherwise."""
@@ -193,6 +197,35 @@ def accept_model(
     if dtype is not None and as_dtype(dtype) not in (None, model.dtype):
         raise ConfigError(f"the model is {model.dtype}, not {dtype}; cast it first (its weights are not copied)")
     return model
+
+
+def use_kernels(model: PipoForCausalLM | BaseForCausalLM, choice: str | None, shared: bool) -> Fusion | None:
+    """Let a model on a CPU decode by kernels of our own; what runs through them, or None.
+
+    Args:
+        choice: `native`; `torch` (none of our own); `auto`: native for bfloat16, where there is a compiler; None: `auto`, but `torch` for
+            a model in memory, which others may be training. shared: whether it is one.
+
+    Raises:
+        ConfigError: another choice, or `native` for a model elsewhere. KernelError: `native`, and they can't be compiled here.
+    """
+    if choice not in (None, "auto", "native", "torch"):
+        raise ConfigError(f"kernels must be auto, native or torch, got {choice!r}")
+    if choice == "native":
+        if model.device.type != "cpu":
+            raise ConfigError(
+                f"kernels='native' are for a CPU, and the model is on {model.device}; choose kernels='auto'"
+            )
+        return fuse(model)
+    if choice == "torch" and model.backbone.fusion is not None:
+        model.backbone.fusion.undo()
+    if choice == "torch" or (choice is None and shared) or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return None
+    try:
+        return fuse(model)
+    except KernelError as error:
+        logger.warning("decoding will be slower than it could be: %s", error)
+        return None
 
 
 @torch.no_grad()

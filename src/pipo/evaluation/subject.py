@@ -62,7 +62,7 @@ class EngineSubject:
 
     Args:
         path: a checkpoint folder or a hub id. subfolder: of it.
-        device, dtype, max_num_seqs, max_model_len, cache_budget_bytes, draft_vocab: as `pipo.engine.llm.LLM` takes them.
+        device, dtype, max_num_seqs, max_model_len, cache_budget_bytes, draft_vocab, kernels: as `pipo.engine.llm.LLM` takes them.
 
     Raises:
         CheckpointError: there is no checkpoint, or no draft vocabulary where one was named.
@@ -79,6 +79,7 @@ class EngineSubject:
         max_model_len: int | None = None,
         cache_budget_bytes: int | None = None,
         draft_vocab: DraftVocabulary = "checkpoint",
+        kernels: str | None = None,
     ) -> None:
         from pipo.engine.loading import choose_draft_ids, find_checkpoint, kind_of, threshold_of
 
@@ -87,7 +88,7 @@ class EngineSubject:
         self.kind = kind_of(self.folder)
         self.threshold = threshold_of(self.folder)
         self.concurrency = max_num_seqs
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._kernels = device, dtype, kernels
         self._limits: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
@@ -129,7 +130,8 @@ class EngineSubject:
         with self._lock:
             before = self._engine
             if before is None:
-                self._engine = LLM(self.folder, method=method, device=self._device, dtype=self._dtype, **self._limits)
+                wanted: dict[str, Any] = {"device": self._device, "dtype": self._dtype, "kernels": self._kernels}
+                self._engine = LLM(self.folder, method=method, **wanted, **self._limits)
             elif before.method != method:
                 before.wait_until_idle()
                 self._engine = LLM(before.model, method=method, tokenizer=before.tokenizer, **self._limits)

@@ -15,12 +15,22 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import torch
+import torch as _torch  # noqa: F401  (its OpenMP is loaded first: with two, each would wait for cores that the other holds)
 
 from pipo.errors import KernelError
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-w",
+)
 SOURCE = "layer.cpp"
 TIMEOUT_S = 300
 
@@ -37,11 +47,12 @@ def load_library(*more_flags: str) -> ctypes.CDLL:
     path = _cache_folder() / f"layer-{_fingerprint(compiler, flags)}.so"
     if not path.is_file():
         _compile(compiler, flags, path)
-    assert torch.get_num_threads() > 0  # torch, and with it the OpenMP that both then use, is loaded first
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise KernelError(f"the compiled kernels {path} can't be loaded: {error}; delete the file to compile them again")
+        raise KernelError(
+            f"the compiled kernels {path} can't be loaded: {error}; delete the file to compile them again"
+        ) from error
 
 
 def find_compiler() -> str:
@@ -71,10 +82,14 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         command = [compiler, *flags, str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         if done.returncode:
-            raise KernelError(f"{compiler} can't compile the CPU kernels; choose kernels='torch'. It says: {done.stderr[-1000:]}")
+            raise KernelError(
+                f"{compiler} can't compile the CPU kernels; choose kernels='torch'. It says: {done.stderr[-1000:]}"
+            )
         made.replace(path)
     except subprocess.TimeoutExpired as error:
-        raise KernelError(f"{compiler} did not compile the CPU kernels in {TIMEOUT_S} s; choose kernels='torch'") from error
+        raise KernelError(
+            f"{compiler} did not compile the CPU kernels in {TIMEOUT_S} s; choose kernels='torch'"
+        ) from error
     finally:
         made.unlink(missing_ok=True)
 
@@ -84,7 +99,9 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     for source in sorted((files("pipo.kernels") / "source").iterdir(), key=lambda path: path.name):
         digest.update(source.name.encode() + source.read_bytes())
     # `-march=native` is another flag on another processor: a home folder may be shared by several.
-    target = subprocess.run([compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, check=False)
+    target = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull], capture_output=True, check=False
+    )
     digest.update(target.stdout)
     return digest.hexdigest()[:16]
 
@@ -103,5 +120,7 @@ def _own_temporary_folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"pipo-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-        raise KernelError(f"{folder} is open to others, so no compiled kernels are kept or loaded there; choose kernels='torch'")
+        raise KernelError(
+            f"{folder} is open to others, so no compiled kernels are kept or loaded there; choose kernels='torch'"
+        )
     return folder

@@ -15,13 +15,31 @@ from torch import Tensor
 
 from pipo.kernels.build import load_library
 
-FEW_ROWS = 64
-"""Up to here reading the weights costs more than multiplying; beyond, PyTorch's own products are faster."""
+FEW_ROWS = 32
+"""Up to here our products are faster than PyTorch's: reading the weights costs more than multiplying."""
+LAYER_ROWS = 128
+"""Up to here our layers are: one call each, and attention that reads each key once for all its heads."""
 DTYPES = (torch.bfloat16, torch.float32)
 
-_POINTERS = "norm1 q k v o q_bias k_bias v_bias o_bias q_norm k_norm norm2 gate up down".split()
-_SIZES = "width inner heads kv_heads head_dim".split()
-_NUMBERS = "eps1 head_eps eps2 scale".split()
+_POINTERS = [
+    "norm1",
+    "q",
+    "k",
+    "v",
+    "o",
+    "q_bias",
+    "k_bias",
+    "v_bias",
+    "o_bias",
+    "q_norm",
+    "k_norm",
+    "norm2",
+    "gate",
+    "up",
+    "down",
+]
+_SIZES = ["width", "inner", "heads", "kv_heads", "head_dim"]
+_NUMBERS = ["eps1", "head_eps", "eps2", "scale"]
 
 
 class _Layer(ctypes.Structure):
@@ -34,10 +52,10 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in "x cos sin out keys values positions".split()]
+        [(name, ctypes.c_void_p) for name in ["x", "cos", "sin", "out", "keys", "values", "positions"]]
         + [
             (name, ctypes.c_int64)
-            for name in "batch new_positions rotary angles_stride row_stride head_stride threads".split()
+            for name in ["batch", "new_positions", "rotary", "angles_stride", "row_stride", "head_stride", "threads"]
         ]
         + [("scratch", ctypes.c_void_p), ("scratch_floats", ctypes.c_int64)]
     )

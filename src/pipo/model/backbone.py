@@ -10,7 +10,7 @@ Shape legend: B batch, L pairs (or tokens, for a regular model), H width, V voca
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -116,8 +116,8 @@ class Backbone:
         self.num_layers = len(decoder.layers)
         self.template_index = _template_index(config, self.num_layers)
         self.template_layer: nn.Module = decoder.layers[self.template_index]
-        self.float32_product: Callable[[nn.Linear, Tensor], Tensor | None] | None = None
-        """On a CPU, exact logits from weights of fewer bits: see :mod:`pipo.model.fused`."""
+        self.fusion: Any = None
+        """The kernels of our own that this model decodes by: a :class:`pipo.model.fused.Fusion`."""
         self.template_layer.register_forward_pre_hook(_record_call, with_kwargs=True)
 
     # --- parts of the backbone's own kind
@@ -202,8 +202,8 @@ class Backbone:
         if head.weight.is_cuda and head.weight.dtype == hidden_BH.dtype == torch.bfloat16:
             logits_BV = torch.mm(hidden_BH, head.weight.T, out_dtype=torch.float32)
             return self.scale_logits(logits_BV if head.bias is None else logits_BV + head.bias)
-        if self.float32_product is not None:
-            exact_BV = self.float32_product(head, hidden_BH)
+        if self.fusion is not None:
+            exact_BV = self.fusion.logits(head, hidden_BH)
             if exact_BV is not None:
                 return self.scale_logits(exact_BV)
         logits_BV = head(hidden_BH).float()

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipo.kernels.cpu import FEW_ROWS, DecoderLayer, LayerWeights, linear
-from pipo.model.cache import RowCache
+from pipo.kernels.build import load_library
+from pipo.kernels.cpu import FEW_ROWS, LAYER_ROWS, DecoderLayer, LayerWeights, linear
+from pipo.model.cache import RowCache, layer_kinds
 from pipo.model.drafter import Drafter
 from pipo.model.row_state import prefill_cache
 
@@ -42,9 +43,17 @@ class Fusion:
     num_products: int = 0
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
+    def logits(self, head: nn.Linear, hidden_BH: Tensor) -> Tensor | None:
+        """Logits `[B, V]` in float32 with exact sums, from bfloat16 weights; None where PyTorch should do it."""
+        weight = head.weight
+        if not weight.dtype == hidden_BH.dtype == torch.bfloat16 or not weight.is_contiguous():
+            return None
+        parts = [linear(part, weight, head.bias, torch.float32) for part in torch.split(hidden_BH, FEW_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def undo(self) -> None:
         """Make the model what it was."""
-        for step in self._undo:
+        for step in reversed(self._undo):
             step()
         self._undo.clear()
 
@@ -56,6 +65,9 @@ def fuse(model: Drafter) -> Fusion:
     Raises:
         KernelError: the kernels can't be compiled here.
     """
+    load_library()
+    if model.backbone.fusion is not None:
+        return model.backbone.fusion  # type: ignore[no-any-return]
     fusion = Fusion()
     decoder = model.backbone.decoder
     named = [(f"layers.{i}", layer, i) for i, layer in enumerate(decoder.layers)]
@@ -67,26 +79,13 @@ def fuse(model: Drafter) -> Fusion:
             fusion.layers.append(name)
         else:
             fusion.stock[name] = why
-    for module in _modules(model):
+    for module in list(cast(nn.Module, model).modules()):
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
             _replace(module, _few_rows(module, module.forward), fusion)
             fusion.num_products += 1
-    model.backbone.float32_product = float32_product
-    fusion._undo.append(lambda: setattr(model.backbone, "float32_product", None))
+    model.backbone.fusion = fusion
+    fusion._undo.append(lambda: setattr(model.backbone, "fusion", None))
     return fusion
-
-
-def float32_product(head: nn.Linear, hidden_BH: Tensor) -> Tensor | None:
-    """Logits `[B, V]` in float32 from bfloat16 weights, exact sums included; None where PyTorch should do it."""
-    weight = head.weight
-    if weight.dtype != torch.bfloat16 or hidden_BH.dtype != weight.dtype or not weight.is_contiguous():
-        return None
-    parts = [linear(part, weight, head.bias, torch.float32) for part in hidden_BH.split(FEW_ROWS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _modules(model: Any) -> list[nn.Module]:
-    return list(model.modules())
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any], fusion: Fusion) -> None:
@@ -123,19 +122,18 @@ def _fuse_layer(model: Drafter, layer: nn.Module, index: int, fusion: Fusion) ->
     weights = _weights_of(layer)
     if isinstance(weights, str):
         return weights
-    kinds = getattr(model.backbone.config, "layer_types", None)
-    kind = (kinds or ["full_attention"] * (index + 1))[min(index, model.backbone.template_index if index >= len(kinds or []) else index)]
-    if kind != "full_attention" or getattr(layer.self_attn, "sliding_window", None) is not None:
-        return f"its attention is not full ({kind})"
+    backbone = model.backbone
+    kind = layer_kinds(backbone.config)[index if index < backbone.num_layers else backbone.template_index]
+    if kind != "full_attention":
+        return f"its attention is {kind.removesuffix('_attention')}, not full"
     try:
         kernel = DecoderLayer(weights)
     except ValueError as error:
         return str(error)
     run = _FusedLayer(layer, kernel, index, layer.forward)
-    error = _difference(model, run, index)
-    tolerance = TOLERANCE[kernel.dtype]
-    if not error <= tolerance:
-        return f"its result is another one: {error:.2g} off, more than {tolerance:g}"
+    off, tolerance = _difference(model, run, index), TOLERANCE[kernel.dtype]
+    if not off <= tolerance:
+        return f"its result is another one: {off:.2g} off, more than {tolerance:g}"
     _replace(layer, run, fusion)
     return None
 
@@ -156,7 +154,7 @@ def _weights_of(layer: Any) -> LayerWeights | str:
     if any(products[name].bias is not None for name in MLP_PARTS):
         return "its MLP has biases"
     norms = {name: getattr(attention, name, None) for name in HEAD_NORMS}
-    heads = {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    heads: dict[str, Any] = {name: None if norm is None else norm.weight for name, norm in norms.items()}
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     weights: dict[str, Any] = {n[0]: products[n].weight for n in ATTENTION_PARTS}
     weights |= {f"{n[0]}_bias": products[n].bias for n in ATTENTION_PARTS}
@@ -186,7 +184,11 @@ class _FusedLayer:
         self._parts = self._now()
 
     def _now(self) -> list[int]:
-        parts = [*self._layer._modules.values(), *self._layer.self_attn._modules.values(), *self._layer.mlp._modules.values()]
+        parts = [
+            *self._layer._modules.values(),
+            *self._layer.self_attn._modules.values(),
+            *self._layer.mlp._modules.values(),
+        ]
         return [id(part) for part in parts]
 
     def _unchanged(self) -> bool:
@@ -209,7 +211,7 @@ class _FusedLayer:
             isinstance(past_key_values, RowCache)
             and position_embeddings is not None
             and hidden_states.dtype == self.kernel.dtype == position_embeddings[0].dtype
-            and hidden_states.shape[0] * hidden_states.shape[1] <= FEW_ROWS
+            and hidden_states.shape[0] * hidden_states.shape[1] <= LAYER_ROWS
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and self._unchanged()
@@ -217,9 +219,7 @@ class _FusedLayer:
             entries = past_key_values.layers[self._index]
             if entries.keys is not None and entries.keys.dtype == self.kernel.dtype:
                 cos, sin = position_embeddings
-                return self.kernel(
-                    hidden_states, cos, sin, past_key_values.positions_BT, entries.keys, entries.values
-                )
+                return self.kernel(hidden_states, cos, sin, past_key_values.positions_BT, entries.keys, entries.values)
         return self.stock(
             hidden_states,
             attention_mask=attention_mask,
@@ -254,11 +254,19 @@ def _difference(model: Drafter, run: _FusedLayer, index: int) -> float:
         mask = masks["full_attention"] if isinstance(masks, dict) else masks
         angles = model.backbone.decoder.rotary_emb(x_BTH, positions_BT)
         out = forward(
-            x_BTH, attention_mask=mask, position_ids=positions_BT, past_key_values=cache, use_cache=True, position_embeddings=angles
+            x_BTH,
+            attention_mask=mask,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=angles,
         )
         out = out[0] if isinstance(out, tuple) else out
         written: Any = cache.layers[index]
         results.append((out - x_BTH, written.keys, written.values))
     stock, ours = results
-    errors = [float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-9)) for a, b in zip(stock, ours, strict=True)]
+    errors = [
+        float((a.float() - b.float()).norm() / a.float().norm().clamp_min(1e-9))
+        for a, b in zip(stock, ours, strict=True)
+    ]
     return max(errors)
