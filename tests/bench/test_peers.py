@@ -9,21 +9,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from pipo.bench.grid import Point
-from pipo.bench.peers import PEERS, Peer, PeerProcess, Task, choose_peers, measure_peer, open_peers
+from pipo.bench import latency
+from pipo.bench.cost import Machine
+from pipo.bench.grid import Point, Results, Row, read_results
+from pipo.bench.latency import Effort, bench_latency
+from pipo.bench.peers import PEERS, Peer, PeerProcess, Task, choose_peers, open_peers
 from pipo.bench.peers.peer import WORKERS
 from pipo.bench.sizes import model_sizes
-from pipo.engine.llm import LLM
-from pipo.engine.request import SamplingParams
+from pipo.bench.subjects import Setting, open_subjects, random_prompts, regular_checkpoint
+from pipo.cli.main import app
 from pipo.errors import ConfigError, PeerError
-from pipo.model.backbone import build_causal_lm
 from pipo.model.base import BaseForCausalLM
+from pipo.model.config import PipoConfig
+from pipo.model.modeling import PipoForCausalLM
 from pipo.model.shapes import shape_config
 
+SETTING = Setting(shape="tiny", dtype="float32", methods=("regular",))
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12]]
 TASK = Task("unused", "unused", "float32", "cpu", 1, max_batch=2, max_positions=16, cache_bytes=1 << 20)
 
@@ -35,6 +42,13 @@ task = json.loads(sys.stdin.readline())
 """
 LOADED = STUB + "say(versions={'stub': '1.0'})\nfor line in sys.stdin:\n    request = json.loads(line)\n    "
 GOOD = "say(first_s=0.5, seconds=2.5, tokens=[[3] * request['num_tokens'] for _ in request['prompts']])\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring a machine takes seconds; `test_machine.py` does it."""
+    machine = Machine("a slow one", bytes_per_s=1e9, flops_per_s=1e10, memory_bytes=1e10)
+    monkeypatch.setattr(latency, "measure_machine", lambda device, dtype: machine)
 
 
 @pytest.fixture
@@ -49,22 +63,23 @@ def stub(tmp_path: Path) -> Callable[[str], Peer]:
     return make
 
 
-def test_hugging_face_continues_as_our_regular_decoding(tmp_path: Path) -> None:
-    """Breaks when a peer runs other weights, reads other prompts, stops early, or its row lacks a figure."""
-    config = shape_config("tiny")
-    model = BaseForCausalLM(build_causal_lm(config, torch.float32).eval(), mtp=False)
-    model.save_pretrained(tmp_path)
-    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
-    ours = LLM(model, method="regular").generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
-    points, options = [Point(2, 4)], {"dtype": "float32", "device": "cpu", "num_threads": 1}
-    with open_peers([PEERS["hf"]], tmp_path, model_sizes(config), points, 4, **options) as [subject]:
-        reply = subject.time_batch(PROMPTS, num_steps=4)
-        [row] = measure_peer(subject, points, lambda point: PROMPTS, num_steps=4, num_rounds=2)
-    assert reply.tokens == [output.token_ids for output in ours]
+def run(peers: list[Peer], points: list[Point], **more: Any) -> Results[Row]:
+    return bench_latency(SETTING, points, Effort(num_steps=2, num_rounds=2), peers=peers, **more)
+
+
+def test_hugging_face_continues_as_our_regular_decoding() -> None:
+    """Breaks when a peer runs other weights, reads other prompts, or stops early."""
+    [ours], point = open_subjects(SETTING, max_num_seqs=2), Point(2, 6)
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(ours.llm.vocab_size, 2, 6)]
+    outputs = ours.llm.generate(prompts, ours.params(max_tokens=5))
+    sizes = model_sizes(ours.config)
+    with open_peers([PEERS["hf"]], SETTING, sizes, torch.float32, [point], 4) as [subject]:
+        reply = subject.time_batch(point, num_steps=4)
+        folder = Path(subject.task.model)
+        assert "transformers" in subject.versions
+    assert reply.tokens == [output.token_ids for output in outputs]
     assert 0 < reply.first_s < reply.seconds
-    assert (row.method, row.batch, row.context, row.num_steps, row.error) == ("hf-generate", 2, 4, 4, None)
-    assert len(row.tpot_rounds_s) == len(row.ttft_rounds_s) == 2
-    assert row.tokens_per_s == pytest.approx(2 / row.tpot_s)
+    assert not folder.exists()
 
 
 def test_a_reply_gives_time_per_token(stub: Callable[[str], Peer]) -> None:
@@ -87,6 +102,10 @@ def test_a_package_that_is_not_there_is_told() -> None:
     ("program", "words"),
     [
         (STUB + "sys.exit('out of memory')", "stub ended with status 1 at loading the model: out of memory"),
+        (
+            STUB + "sys.exit('OSError: no file\\nnow I end')",
+            "ended with status 1 at loading the model: OSError: no file",
+        ),
         (STUB + "os.kill(os.getpid(), 9)", "stub ended with status -9 at loading the model: it said nothing"),
         (STUB + "print('Loading weights')", "an answer that is none at loading the model: 'Loading weights'"),
         (STUB + "print('[]')", r"an answer that is none at loading the model: '\[\]'"),
@@ -96,7 +115,18 @@ def test_a_package_that_is_not_there_is_told() -> None:
         (LOADED + "say(first_s=1.0, seconds=2.0, tokens=[[1, 2], [3]])", r"wrote \[2, 1\] tokens instead of 2"),
         (LOADED + "raise SystemExit(3)", "stub ended with status 3 at 2 prompts of 4 tokens"),
     ],
-    ids=["error", "killed", "chatter", "not-an-object", "refusal", "failure", "half-an-answer", "short", "ended"],
+    ids=[
+        "error",
+        "last-error",
+        "killed",
+        "chatter",
+        "not-an-object",
+        "refusal",
+        "failure",
+        "half-an-answer",
+        "short",
+        "ended",
+    ],
 )
 def test_what_goes_wrong_is_told_in_words(stub: Callable[[str], Peer], program: str, words: str) -> None:
     with pytest.raises(PeerError, match=words), PeerProcess(stub(program), TASK) as process:
@@ -127,46 +157,87 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_failed_request_is_a_row_and_the_run_goes_on(stub: Callable[[str], Peer], tmp_path: Path) -> None:
+def test_rows_stand_beside_ours(stub: Callable[[str], Peer]) -> None:
+    """Breaks when a peer's row lacks a figure, or its limit is not regular decoding's."""
+    found = run([stub(LOADED + GOOD)], [Point(2, 4)])
+    ours, theirs = found.rows
+    assert (theirs.method, theirs.batch, theirs.context, theirs.error, theirs.commit) == ("stub", 2, 4, None, None)
+    assert (theirs.ttft_s, theirs.tpot_s, theirs.tokens_per_s) == (0.5, 1.0, 2.0)
+    assert len(theirs.tpot_rounds_s) == len(theirs.ttft_rounds_s) == 2
+    assert (theirs.floor_s, theirs.ceiling, theirs.ttft_floor_s) == (ours.floor_s, 1.0, ours.ttft_floor_s)
+    assert found.record["peers"] == {"stub": {"stub": "1.0"}}
+
+
+def test_a_failed_batch_is_a_row_and_the_run_goes_on(stub: Callable[[str], Peer]) -> None:
     """Breaks when one point that does not fit takes the others with it."""
-    program = LOADED + "assert len(request['prompts']) < 3, 'too many'\n    " + GOOD
-    points = [Point(1, 4), Point(3, 4), Point(2, 4)]
-    options = {"dtype": "float32", "device": "cpu", "num_threads": 1}
-    runs: list[int] = []
-    with open_peers([stub(program)], tmp_path, model_sizes(shape_config("tiny")), points, 2, **options) as [subject]:
-        rows = measure_peer(
-            subject,
-            points,
-            lambda point: [[1] * point.context] * point.batch,
-            num_steps=2,
-            num_rounds=3,
-            report=lambda: runs.append(1),
-        )
+    program = LOADED + "assert len(request['prompts']) != 2, 'too many'\n    " + GOOD
+    reports: list[int] = []
+    found = run([stub(program)], [Point(1, 4), Point(2, 4), Point(3, 4)], report=reports.append)
+    rows = [row for row in found.rows if row.method == "stub"]
     assert [row.tpot_s for row in rows] == [1.0, None, 1.0]
     assert rows[1].error is not None
     assert "too many" in rows[1].error
-    assert len(runs) == 8
+    assert reports == [18] * 18
+    assert found.complete
 
 
 def test_a_model_that_can_t_be_loaded_is_tried_once(stub: Callable[[str], Peer], tmp_path: Path) -> None:
     log = tmp_path / "log"
     program = STUB + f"open({str(log)!r}, 'a').write('x')\nsay(failed='no such family')"
-    points = [Point(1, 4), Point(2, 4)]
-    options = {"dtype": "float32", "device": "cpu", "num_threads": 1}
-    with open_peers([stub(program)], tmp_path, model_sizes(shape_config("tiny")), points, 2, **options) as [subject]:
-        rows = measure_peer(subject, points, lambda point: PROMPTS, num_steps=2, num_rounds=1)
+    found = run([stub(program)], [Point(1, 4), Point(2, 4)])
+    rows = [row for row in found.rows if row.method == "stub"]
     assert [row.error for row in rows] == ["stub failed at loading the model: no such family"] * 2
     assert log.read_text() == "x"
 
 
-def test_room_for_every_point(tmp_path: Path) -> None:
+def test_room_for_every_point() -> None:
     """Breaks when the largest batch with the longest prompt does not fit into the cache that a peer is told to make."""
     sizes, points = model_sizes(shape_config("tiny")), [Point(1, 500), Point(4, 20)]
-    with open_peers([PEERS["hf"]], tmp_path, sizes, points, 3, dtype="bfloat16", device="cpu", num_threads=2) as [one]:
-        task = one.task
-    assert (task.max_batch, task.max_positions, task.num_threads) == (4, 504, 2)
+    with open_peers([PEERS["hf"]], SETTING, sizes, torch.bfloat16, points, 3) as [subject]:
+        task = subject.task
+    assert (task.max_batch, task.max_positions, task.dtype) == (4, 504, "bfloat16")
+    assert task.num_threads == torch.get_num_threads()
     assert task.cache_bytes >= 4 * 504 * 6 * 2 * 128 * 2
     assert not Path(task.scratch).exists()
+
+
+def test_a_checkpoint_runs_as_it_is(tmp_path: Path) -> None:
+    """A regular one is not written again; a PIPO one alone has nothing that others could run."""
+    BaseForCausalLM.from_config(shape_config("tiny"), mtp=False).save_pretrained(tmp_path / "base")
+    setting = Setting(models=(str(tmp_path / "base"),))
+    assert regular_checkpoint(setting, tmp_path / "scratch") == tmp_path / "base"
+    assert not (tmp_path / "scratch").exists()
+    PipoForCausalLM(PipoConfig(shape_config("tiny"))).save_pretrained(tmp_path / "pipo")
+    with pytest.raises(ConfigError, match="is a PIPO checkpoint: name a regular one, too"):
+        regular_checkpoint(Setting(models=(str(tmp_path / "pipo"),)), tmp_path / "scratch")
+
+
+def test_the_command_tells_who_could_not_run(tmp_path: Path) -> None:
+    """The whole way, with a peer that is not here: breaks when it is left out without a word, or ends the run."""
+    options = [
+        "--shape",
+        "tiny",
+        "--methods",
+        "regular",
+        "--batch",
+        "1",
+        "--context",
+        "4",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    options += ["--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    shown = CliRunner().invoke(app, ["bench", "latency", *options, "--peers", "vllm"])
+    assert shown.exit_code == 0, shown.output
+    assert "vllm, batch 1, context 4: vllm is not installed" in shown.output
+    rows = read_results(tmp_path / "rows.json", "latency", Row).rows
+    assert [row.method for row in rows] == ["regular", "vllm"]
+    assert "vllm is not installed" in str(rows[1].error)
+    wrong = CliRunner().invoke(app, ["bench", "latency", *options, "--peers", "hf,tgi"])
+    assert wrong.exit_code == 2
+    assert "there is no peer 'tgi'" in wrong.output
 
 
 @pytest.mark.parametrize(

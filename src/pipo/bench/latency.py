@@ -2,7 +2,8 @@
 
 A round runs every method once, one right after the other, so that what else the machine does hits all alike. Each run is a fresh batch
 through the engine: `engine.add`, then `engine.step` as `LLM.generate` calls it. Decoding is timed from `SETTLE_STEPS` steps after the
-last request's first token, when caches have their size, over a given number of steps; then the batch is called off.
+last request's first token, when caches have their size, over a given number of steps; then the batch is called off. Engines of others
+(`peers`) take their turns like methods of ours.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from pipo.bench.cost import COST_METHODS, Machine, StepCost, decode_cost, prefill_cost
 from pipo.bench.grid import Point, Results, Row
 from pipo.bench.machine import measure_machine
+from pipo.bench.peers import Peer, PeerSubject, open_peers
 from pipo.bench.sizes import ModelSizes, model_sizes
 from pipo.bench.subjects import DRAFTERS, METHODS, Setting, Subject, open_subjects, random_prompts
-from pipo.errors import ConfigError
+from pipo.errors import ConfigError, PeerError
 from pipo.run_record import describe_session
 
 SETTLE_STEPS = 2
@@ -58,12 +60,14 @@ def bench_latency(
     points: Sequence[Point],
     effort: Effort,
     *,
+    peers: Sequence[Peer] = (),
     save: Callable[[Results[Row]], None] = lambda results: None,
     report: Callable[[int], None] = lambda num_runs: None,
 ) -> Results[Row]:
     """Measure a grid of points, the machine before and after it.
 
     Args:
+        peers: engines of others, which run the regular model.
         save: called with what there is after every point, and at the end.
         report: called after every run with how many there are in all, those that warm up included.
 
@@ -75,7 +79,7 @@ def bench_latency(
     for subject in subjects:
         for point in points:
             subject.check_room(point.context, num_steps)
-    num_runs = len(subjects) * len(points) * (1 + effort.num_rounds)
+    num_runs = (len(subjects) + len(peers)) * len(points) * (1 + effort.num_rounds)
     sizes = model_sizes(subjects[0].config, subjects[-1].compressor)
     device, dtype = subjects[0].llm.model.device, subjects[0].llm.model.dtype
     machine = measure_machine(device, dtype)
@@ -88,10 +92,13 @@ def bench_latency(
         machine=asdict(machine),
         record=describe_session(),
     )
-    for point in points:
-        rows = _measure_point(subjects, point, effort, lambda: report(num_runs))
-        results = results.with_rows([*results.rows, *(with_floor(row, sizes, machine, dtype.itemsize) for row in rows)])
-        save(results)
+    with open_peers(peers, setting, sizes, dtype, points, num_steps) as others:
+        for point in points:
+            rows = _measure_point([*subjects, *others], point, effort, lambda: report(num_runs))
+            rows = [with_floor(row, sizes, machine, dtype.itemsize) for row in rows]
+            versions = {"peers": {one.method: one.versions for one in others}} if others else {}
+            results = replace(results.with_rows([*results.rows, *rows]), record={**results.record, **versions})
+            save(results)
     after = measure_machine(device, dtype)
     best = best_of(machine, after)
     rows = [with_floor(row, sizes, best, dtype.itemsize) for row in results.rows]
@@ -109,26 +116,40 @@ def best_of(first: Machine, second: Machine) -> Machine:
     )
 
 
-def _measure_point(subjects: Sequence[Subject], point: Point, effort: Effort, report: Callable[[], None]) -> list[Row]:
-    num_steps = SETTLE_STEPS + effort.num_steps
-    errors = {s.method: s.why_too_many(point.batch, point.context, num_steps) for s in subjects}
+def _measure_point(
+    subjects: Sequence[Subject | PeerSubject], point: Point, effort: Effort, report: Callable[[], None]
+) -> list[Row]:
+    num_steps, errors = SETTLE_STEPS + effort.num_steps, dict.fromkeys((s.method for s in subjects), "")
+    for subject in subjects:
+        if isinstance(subject, Subject):
+            errors[subject.method] = subject.why_too_many(point.batch, point.context, num_steps) or ""
     rounds: dict[str, list[Timing]] = {subject.method: [] for subject in subjects}
     for turn in range(effort.num_rounds + 1):
         for subject in subjects:
-            if errors[subject.method] is None:
+            if not errors[subject.method]:
                 where, steps = (point, effort.num_steps) if turn else (_warm(subject, point), 1)
                 try:
-                    timing = time_batch(subject, where, steps)
+                    timing = _time(subject, where, steps)
                 except torch.OutOfMemoryError as error:
                     errors[subject.method] = str(error).splitlines()[0]
+                except PeerError as error:
+                    errors[subject.method] = str(error)
                 else:
                     rounds[subject.method] += [timing] if turn else []
             report()
     return [_row(subject, point, effort, rounds[subject.method], errors[subject.method]) for subject in subjects]
 
 
-def _warm(subject: Subject, point: Point) -> Point:
-    on_cpu = subject.llm.model.device.type == "cpu"
+def _time(subject: Subject | PeerSubject, point: Point, num_steps: int) -> Timing:
+    if isinstance(subject, Subject):
+        return time_batch(subject, point, num_steps)
+    reply = subject.time_batch(point, num_steps)
+    return Timing(reply.first_s, reply.tpot_s, 1.0)
+
+
+def _warm(subject: Subject | PeerSubject, point: Point) -> Point:
+    device = subject.llm.model.device if isinstance(subject, Subject) else torch.device(subject.task.device)
+    on_cpu = device.type == "cpu"
     return replace(point, context=min(point.context, WARM_CONTEXT)) if on_cpu else point
 
 
@@ -162,18 +183,20 @@ def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
     return Timing(first - start, (end - begin) / per_row, per_row / num_steps)
 
 
-def _row(subject: Subject, point: Point, effort: Effort, timings: list[Timing], error: str | None) -> Row:
-    if error is not None:
+def _row(subject: Subject | PeerSubject, point: Point, effort: Effort, timings: list[Timing], error: str) -> Row:
+    if error:
         return Row(method=subject.method, batch=point.batch, context=point.context, error=error)
     commit = fmean(timing.tokens_per_step for timing in timings) - 1 if subject.method in DRAFTERS else None
-    _check_commit(subject, commit, effort)
+    drafts = subject if isinstance(subject, Subject) else None
+    if drafts is not None:
+        _check_commit(drafts, commit, effort)
     return Row.from_rounds(
         subject.method,
         point,
         [timing.ttft_s for timing in timings],
         [timing.tpot_s for timing in timings],
         commit=commit,
-        draft_vocab=subject.draft_vocab,
+        draft_vocab=None if drafts is None else drafts.draft_vocab,
         num_steps=effort.num_steps,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +198,26 @@ def _checkpoint_models(setting: Setting) -> list[tuple[str, AnyModel]]:
             loaded[kind] = load_model(by_kind[kind], method, setting.device, setting.dtype, None)
         found.append((method, sharing_weights(loaded[kind])))
     return found
+
+
+def regular_checkpoint(setting: Setting, scratch: Path) -> Path:
+    """A folder with the regular model of a setting, as any engine reads it: the checkpoint, or random weights, written to `scratch`.
+
+    Raises:
+        ConfigError: only a PIPO checkpoint was named.
+    """
+    if setting.shape is not None:
+        dtype = as_dtype(setting.dtype or "bfloat16")
+        assert dtype is not None
+        weights = random_causal_lm(shape_config(setting.shape), dtype, torch.device(setting.device), setting.seed)
+        BaseForCausalLM(weights, mtp=False).save_pretrained(scratch)
+        return scratch
+    for path in setting.models:
+        if kind_of(folder := find_checkpoint(path)) == "base":
+            return folder
+    raise ConfigError(
+        f"peers decode regularly, and {', '.join(setting.models)} is a PIPO checkpoint: name a regular one, too"
+    )
 
 
 def _open(setting: Setting, method: str, model: AnyModel, max_num_seqs: int) -> Subject:

@@ -16,6 +16,7 @@ from pipo.cli.bench_options import (
     describe_speed,
     make_setting,
     print_wide,
+    split_names,
     split_numbers,
     takes_setting,
 )
@@ -32,6 +33,16 @@ def latency(
     context: Annotated[str, typer.Option(help="Tokens of a prompt; with commas.", metavar="N,…")] = "512,2048",
     steps: Annotated[int, typer.Option(help="Decoding steps that are timed in each round.", min=1)] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds; in each, every method runs once.", min=1)] = 3,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Engines of others beside ours: hf, hf-static, vllm, sglang, llamacpp; with commas.", metavar="NAMES"
+        ),
+    ] = "",
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="The interpreter of an environment that has a peer. May be repeated.", metavar="NAME=PATH"),
+    ] = None,
     json_file: AsJson = None,
     report: AsReport = None,
 ) -> None:
@@ -41,13 +52,16 @@ def latency(
     first token of the batch's last request; TPOT is the time of decoding steps per visible token of a request. Figures are medians;
     the spread is (slowest − fastest) / median of the rounds. The floor is the time in which this machine, as measured before and after,
     could read the bytes and do the operations of a step; the ceiling is what that allows against regular decoding.
+    How engines of others are installed and timed: docs/benchmarking.md.
     """
     from pipo.bench.grid import check_writable, grid_points, write_results
     from pipo.bench.latency import Effort, bench_latency
+    from pipo.bench.peers import choose_peers
     from pipo.bench.plots import write_latency_page
 
     points = grid_points(split_numbers("batch", batch), split_numbers("context", context))
     check_writable([json_file, report])
+    others = choose_peers(split_names(peers), peer_python or ())
     chosen = make_setting(setting)
     found: list[Results[Row]] = []
 
@@ -60,7 +74,7 @@ def latency(
 
     try:
         with growing_progress("Measuring") as advance:
-            bench_latency(chosen, points, Effort(steps, rounds), save=save, report=advance)
+            bench_latency(chosen, points, Effort(steps, rounds), peers=others, save=save, report=advance)
     finally:
         if found:
             print_latency(found[0])

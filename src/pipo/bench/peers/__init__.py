@@ -3,8 +3,8 @@
 Each runs in a process of its own, by an interpreter whose environment has it (`workers/`).
 """
 
-from pipo.bench.peers.contest import PeerSubject, measure_peer, open_peers
+from pipo.bench.peers.contest import PeerSubject, open_peers
 from pipo.bench.peers.peer import PEERS, Peer, choose_peers
 from pipo.bench.peers.process import PeerProcess, Reply, Task
 
-__all__ = ["PEERS", "Peer", "PeerProcess", "PeerSubject", "Reply", "Task", "choose_peers", "measure_peer", "open_peers"]
+__all__ = ["PEERS", "Peer", "PeerProcess", "PeerSubject", "Reply", "Task", "choose_peers", "open_peers"]

@@ -1,30 +1,34 @@
-"""Peers over a grid of points: each loads the model once, and is asked like any other method of a benchmark."""
+"""Peers on the model of a benchmark: each loads it once, and is asked like any other method."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pipo.bench.grid import Point, Row
+import torch
+
+from pipo.bench.grid import Point
 from pipo.bench.peers.peer import Peer
 from pipo.bench.peers.process import PeerProcess, Reply, Task
 from pipo.bench.sizes import ModelSizes
+from pipo.bench.subjects import Setting, random_prompts, regular_checkpoint
 from pipo.errors import PeerError
 
 CACHE_SLACK = 1.25
 """Blocks that are not full, and blocks that are kept free."""
 BLOCK = 256
 """Positions to which caches are rounded, at most."""
-WARM_TOKENS = 128
 
 
 class PeerSubject:
-    """A peer among the methods of a benchmark. It loads the model when it is first asked, and again after it failed at a request."""
+    """A peer among the methods of a benchmark. It loads the model when it is first asked, and again after it failed at a batch."""
 
-    def __init__(self, peer: Peer, task: Task) -> None:
-        self.peer, self.task = peer, task
+    def __init__(self, peer: Peer, task: Task, vocab_size: int) -> None:
+        self.peer, self.task, self.vocab_size = peer, task, vocab_size
+        self.versions: dict[str, str] = {}
+        """Of its packages, once it is loaded."""
         self._process: PeerProcess | None = None
         self._unable: PeerError | None = None
 
@@ -33,8 +37,8 @@ class PeerSubject:
         """As rows call it."""
         return self.peer.method
 
-    def time_batch(self, prompts: Sequence[Sequence[int]], num_steps: int) -> Reply:
-        """Run one batch greedily from nothing: the first tokens, then `num_steps` steps.
+    def time_batch(self, point: Point, num_steps: int) -> Reply:
+        """Run one batch greedily from nothing, on the prompts that every method has there: the first tokens, then `num_steps` steps.
 
         Raises:
             PeerError: it could not. One that could not load the model is not asked again.
@@ -47,16 +51,12 @@ class PeerSubject:
             except PeerError as error:
                 self._unable = error
                 raise
+            self.versions = self._process.versions
         try:
-            return self._process.generate(prompts, num_steps + 1)
+            return self._process.generate(random_prompts(self.vocab_size, point.batch, point.context), num_steps + 1)
         except PeerError:
             self.close()
             raise
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Of its packages; empty where it is not loaded."""
-        return {} if self._process is None else self._process.versions
 
     def close(self) -> None:
         """End its process, if there is one."""
@@ -68,70 +68,43 @@ class PeerSubject:
 @contextmanager
 def open_peers(
     peers: Sequence[Peer],
-    model: Path,
+    setting: Setting,
     sizes: ModelSizes,
+    dtype: torch.dtype,
     points: Sequence[Point],
     num_steps: int,
-    *,
-    dtype: str,
-    device: str,
-    num_threads: int,
 ) -> Iterator[list[PeerSubject]]:
-    """Peers on the stock checkpoint in the folder `model`, each with room for every point; their processes end with the context.
+    """Peers on the regular model of a setting, with room for `num_steps` steps at every point; they end with the context.
 
     Args:
-        num_steps: of decoding, at most.
-        dtype: `bfloat16`, `float16` or `float32`, as torch calls it.
+        dtype: of weights and cache.
+
+    Raises:
+        ConfigError: the setting has no regular model.
     """
+    if not peers:
+        yield []
+        return
     batch, positions = max(point.batch for point in points), max(point.context for point in points) + num_steps + 1
-    itemsize = 4 if dtype == "float32" else 2
-    row_bytes = -(-positions // BLOCK) * BLOCK * sum(layer.entries for layer in sizes.layers) * itemsize
+    row_bytes = -(-positions // BLOCK) * BLOCK * sum(layer.entries for layer in sizes.layers) * dtype.itemsize
     with ExitStack() as stack:
+
+        def folder() -> str:
+            return stack.enter_context(tempfile.TemporaryDirectory(prefix="pipo-peer-"))
+
+        model = regular_checkpoint(setting, Path(folder()))
         subjects = []
         for peer in peers:
             task = Task(
                 model=str(model),
-                scratch=stack.enter_context(tempfile.TemporaryDirectory(prefix="pipo-peer-")),
-                dtype=dtype,
-                device=device,
-                num_threads=num_threads,
+                scratch=folder(),
+                dtype=str(dtype).removeprefix("torch."),
+                device=setting.device,
+                num_threads=torch.get_num_threads(),
                 max_batch=batch,
                 max_positions=positions,
                 cache_bytes=int(CACHE_SLACK * batch * (row_bytes + sizes.state_bytes)),
             )
-            subjects.append(PeerSubject(peer, task))
+            subjects.append(PeerSubject(peer, task, sizes.vocab_size))
             stack.callback(subjects[-1].close)
         yield subjects
-
-
-def measure_peer(
-    subject: PeerSubject,
-    points: Sequence[Point],
-    prompts_of: Callable[[Point], Sequence[Sequence[int]]],
-    *,
-    num_steps: int,
-    num_rounds: int,
-    report: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """The rows of one peer at all points; where it fails, the row says why.
-
-    Args:
-        prompts_of: the prompts of a point, the same for every method.
-        report: called after every run, of which a point has `1 + num_rounds`: the first one warms up.
-    """
-    rows = []
-    for point in points:
-        prompts = prompts_of(point)
-        warm = prompts if subject.task.device != "cpu" else [list(ids)[:WARM_TOKENS] for ids in prompts]
-        replies = []
-        try:
-            for turn in range(1 + num_rounds):
-                reply = subject.time_batch(prompts if turn else warm, num_steps if turn else 1)
-                replies += [reply] if turn else []
-                report()
-        except PeerError as error:
-            rows.append(Row(method=subject.method, batch=point.batch, context=point.context, error=str(error)))
-            continue
-        ttft_s, tpot_s = [reply.first_s for reply in replies], [reply.tpot_s for reply in replies]
-        rows.append(Row.from_rounds(subject.method, point, ttft_s, tpot_s, num_steps=num_steps))
-    return rows

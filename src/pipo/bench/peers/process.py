@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import tempfile
@@ -149,7 +150,9 @@ class PeerProcess:
     def _last_words(self) -> str:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        # After an error of one of its processes, an engine may say at length that it ends.
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+        return (errors or lines or ["it said nothing"])[-1]
 
     def close(self) -> None:
         """End the process, at work or not, with those that it started."""
