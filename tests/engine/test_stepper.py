@@ -92,7 +92,7 @@ def test_a_step_that_fails_reaches_every_caller_and_the_next_is_served(llm: LLM,
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "prefill", fail)
+        patch.setattr(llm.engine.runner, "join", fail)
         assert all(isinstance(result, RuntimeError) for result in asyncio.run(run()))
     wait_until_idle(llm)
     assert all(len(result[0].token_ids) == 40 for result in asyncio.run(run()))

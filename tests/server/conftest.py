@@ -77,8 +77,8 @@ def dictate(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]
                 )
             return result
 
-        prefill, decode = qwen.engine.runner.prefill, qwen.engine.runner.decode
-        monkeypatch.setattr(qwen.engine.runner, "prefill", lambda s: (prefill(s), steps(s))[1])
+        join, decode = qwen.engine.runner.join, qwen.engine.runner.decode
+        monkeypatch.setattr(qwen.engine.runner, "join", lambda s, prefill: (join(s, prefill), steps(s))[1])
         monkeypatch.setattr(qwen.engine.runner, "decode", lambda s: (decode(s), steps(s))[1])
 
     return dictate

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from pipo.model.cache import layer_kinds
 from pipo.model.modeling import PipoForCausalLM
-from pipo.model.prefill import prefill_pairs
+from pipo.model.prefill import Prefill
 from pipo.model.shapes import pipo_without_weights
 
 STATE_FLOPS = 7
@@ -138,7 +138,7 @@ def _cache_of_one_pair(model: PipoForCausalLM) -> Cache:
         if name.endswith(".experts"):  # which ones are chosen is not known without values, and no cache depends on it
             module.forward = _first
     with torch.no_grad():
-        prefilled = prefill_pairs(model, [[0, 0]])
+        prefilled = Prefill(model, [[0, 0]]).finish()
         prefilled.run_mtp(torch.zeros(1, dtype=torch.long, device=model.device))
     return prefilled.cache
 

@@ -141,6 +141,13 @@ ENGINE_OPTIONS = (
         show_default="the model's",
     ),
     _engine(
+        "max_prefill_positions",
+        int | None,
+        None,
+        "Most positions of prompts to read between two decoding steps; a longer prompt is read in chunks.",
+        show_default="512 on a CPU, else 8192",
+    ),
+    _engine(
         "cache_budget_bytes",
         int | None,
         None,

@@ -13,14 +13,14 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from pipo.engine.runner import RowSampling, steps_of
+from pipo.engine.runner import RowSampling, distinct_prompts, steps_of
 from pipo.engine.sequence import Sequence, StepTokens
 from pipo.errors import ConfigError, RequestError
 from pipo.model.backbone import LayerCall
 from pipo.model.base import BaseForCausalLM
 from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import DraftIds, DraftVocab
-from pipo.model.prefill import Prefilled, prefill_tokens
+from pipo.model.prefill import Prefill, Prefilled
 from pipo.model.row_state import measure_bytes
 from pipo.model.sampling import (
     BONUS,
@@ -72,7 +72,7 @@ class BaseRunner:
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per position of a row."""
         with torch.no_grad():
-            prefilled = prefill_tokens(self.model, [[0]], self.model.device)
+            prefilled = Prefill(self.model, [[0]]).finish()
             if self.drafts:
                 prefilled.run_mtp(torch.zeros(1, dtype=torch.long, device=self.model.device))
         return measure_bytes(prefilled.cache)
@@ -92,9 +92,9 @@ class BaseRunner:
         """Most tokens that one step adds."""
         return 2 if self.drafts else 1
 
-    def reuses(self, sequence: Sequence) -> bool:
+    def num_cached(self, sequence: Sequence) -> int:
         """The baselines keep no prefixes."""
-        return False
+        return 0
 
     def reset(self) -> None:
         """Free all rows."""
@@ -106,12 +106,16 @@ class BaseRunner:
         self.cache.remove(row)
         self.sampling.invalidate()
 
-    def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """Run prompts; the first token of each (and what the method adds)."""
-        shared = len(sequences) > 1 and len({id(s.prompt_pairs) for s in sequences}) == 1
-        prompts = [s.prompt_ids + s.token_ids for s in (sequences[:1] if shared else sequences)]
-        prefilled = prefill_tokens(self.model, prompts, self.model.device)
-        if shared:
+    def begin(self, sequences: Seq[Sequence]) -> Prefill:
+        """Start to read prompts."""
+        distinct = distinct_prompts(sequences)
+        prompts = [s.prompt_ids + s.token_ids for s in distinct]
+        return Prefill(self.model, prompts, num_samples=len(sequences) // len(distinct), drafts=self.drafts)
+
+    def join(self, sequences: Seq[Sequence], prefill: Prefill) -> list[StepTokens]:
+        """The first token of each sample (and what the method adds)."""
+        prefilled = prefill.finish()
+        if len(sequences) > len(prefilled.lengths):
             prefilled.share(len(sequences))
         rows = self.sampling.rows_of(sequences)
         result = self._after_prefill(prefilled, rows, self._write_token(prefilled.last_hidden_BH, rows))

@@ -1,9 +1,10 @@
 """The engine: requests wait, join, decode together, leave. Continuous batching over a runner.
 
 A request's life: 1. `add` checks it and puts its samples in the queue. 2. `step` admits waiting samples while memory and
-`max_num_seqs` allow, and prefills them: each becomes a row and gets its first pair. 3. Every other `step` decodes all rows
-once. 4. A sample that stops leaves at once, and its row is free for the next step. 5. When memory runs out, the youngest row
-goes back to the front of the queue with what it has written; its later prefill continues it exactly.
+`max_num_seqs` allow, and prefills them: each becomes a row and gets its first pair. A prompt of more than
+`max_prefill_positions` takes several such steps. 3. Every other `step` decodes all rows once: after one that prefills comes
+one that decodes. 4. A sample that stops leaves at once, and its row is free for the next step. 5. When memory runs out, the
+youngest sample goes back to the front of the queue with what it has written; its later prefill continues it exactly.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pipo.engine.prompts import LongPrompt, group_prompts
 from pipo.engine.request import SampleError
 from pipo.engine.runner import Runner
 from pipo.engine.sequence import Sequence, StepText, StepTokens
 from pipo.errors import ConfigError, ContextLengthError
+from pipo.model.prefill import Prefill
 
-MAX_PREFILL_POSITIONS = 8192
+MAX_PASSED = 64
+"""Long prompts in the queue that shorter ones may pass while another one is read in chunks."""
 HEADROOM = 32
 """Positions that must be free for a sample to be admitted beside others, so that it is not preempted at once."""
 
@@ -47,10 +51,11 @@ class Engine:
     """Runs samples on a runner, `max_num_seqs` at most at a time, within a memory budget.
 
     Args:
+        max_prefill_positions: positions that are read between two decoding steps at most.
         max_model_len: positions (pairs for PIPO) a sample may hold; by default the model's, less what memory forbids.
 
     Raises:
-        ConfigError: `max_num_seqs < 1`, or a `max_model_len` that the model or the memory does not have.
+        ConfigError: `max_num_seqs < 1`, `max_prefill_positions < 1`, or a `max_model_len` that the model or the memory does not have.
     """
 
     def __init__(
@@ -60,10 +65,13 @@ class Engine:
         *,
         max_positions: int,
         max_num_seqs: int,
+        max_prefill_positions: int,
         max_model_len: int | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+        if max_prefill_positions < 1:
+            raise ConfigError(f"max_prefill_positions must be at least 1, got {max_prefill_positions}")
         room = min(max_positions, budget.max_length())
         if max_model_len is not None and not 2 <= max_model_len <= room:
             raise ConfigError(
@@ -76,10 +84,14 @@ class Engine:
         self.budget = budget
         self.max_model_len = max_model_len or room
         self.max_num_seqs = max_num_seqs
+        self.max_prefill_positions = max_prefill_positions
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._joining: list[Sequence] = []  # what this step prefills
+        self._long: LongPrompt | None = None
+        self._decode_next = False
         self._listeners: dict[int, Listener] = {}
-        runner.cache.fits = budget.fits
+        runner.cache.fits = self._fits
         self.on_finish: Callable[[Sequence], None] | None = None
         """Called with every sample that has ended, before its listener."""
 
@@ -93,7 +105,6 @@ class Engine:
         if budget.max_length() < 2:
             raise ConfigError(f"the cache's {total_bytes} bytes hold no request; give it more")
         self.budget, self.max_model_len = budget, min(self.max_model_len, budget.max_length())
-        self.runner.cache.fits = budget.fits
 
     # --- requests
 
@@ -126,6 +137,9 @@ class Engine:
         for sequence in [s for s in self.waiting if s.request_id == request_id]:
             self.waiting.remove(sequence)
             self._abort(sequence)
+        if self._long is not None and self._long.sequences[0].request_id == request_id:
+            for sequence in self._drop_long():
+                self._abort(sequence)
         for row in reversed(range(len(self.running))):
             if self.running[row].request_id == request_id:
                 sequence = self.running[row]
@@ -134,89 +148,133 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sample waits or runs."""
-        return bool(self.waiting or self.running)
+        """Whether any sample waits, is read, or runs."""
+        return bool(self.waiting or self.reading or self.running)
+
+    @property
+    def reading(self) -> list[Sequence]:
+        """The samples of the long prompt that is read in chunks, where there is one."""
+        return [] if self._long is None else self._long.sequences
 
     # --- a step
 
     @torch.no_grad()
     def step(self) -> None:
-        """Prefill what can be admitted, else decode every running sample once.
+        """Prefill what can be admitted, or decode every running sample once; by turns where there is both to do.
 
         A step that is cut off, by Ctrl-C or a failure, costs nobody a token: what it left half done is thrown away.
         """
-        admitted = self._admit()
         try:
-            if admitted:
-                for group in self._prefill_groups(admitted):
-                    first_row = len(self.running)
-                    steps = self.runner.prefill(group)
-                    self.running.extend(group)
-                    self._take(first_row, steps)
-                return
+            if not (self._decode_next and self.running):
+                self._decode_next = True
+                left = self._admit()
+                if self._joining or self.reading:
+                    return self._prefill(left)
+            self._decode_next = False
             self._make_room()
             if self.running:
                 self._take(0, self.runner.decode(self.running))
         except BaseException:
-            self._start_over(admitted)
+            self._start_over()
             raise
 
-    def _start_over(self, admitted: list[Sequence]) -> None:
+    def _start_over(self) -> None:
         """Empty the cache and queue every sample again, ahead of those that wait: prefilled with what it has written."""
         self.runner.reset()
-        known = {id(sequence) for sequence in [*self.running, *self.waiting]}
-        again = self.running + [sequence for sequence in admitted if id(sequence) not in known]
-        self.running = []
-        self.waiting.extendleft(reversed([sequence for sequence in again if not sequence.finished]))
+        left = {id(s): s for s in [*self.running, *self.reading, *self._joining, *self.waiting] if not s.finished}
+        self.running, self._long, self._joining = [], None, []
+        self.waiting = deque(left.values())
 
-    def _admit(self) -> list[Sequence]:
-        """Take samples off the queue, in order, while they fit beside the running ones."""
-        admitted: list[Sequence] = []
-        longest = max(map(self.runner.num_positions, self.running), default=0)
-        while self.waiting and len(self.running) + len(admitted) < self.max_num_seqs:
-            positions = self.runner.num_positions(self.waiting[0])
-            rows = len(self.running) + len(admitted) + 1
-            length = min(max(longest, positions) + HEADROOM, self.max_model_len)
-            if rows > 1 and not self.budget.fits(rows, length):
-                break
-            longest = max(longest, positions)
-            admitted.append(self.waiting.popleft())
-        return admitted
+    # --- prompts
 
-    def _prefill_groups(self, admitted: list[Sequence]) -> list[list[Sequence]]:
-        """Samples to prefill in one call: those of one prompt; else prompts of like length.
+    def _admit(self) -> int:
+        """Take samples off the queue, in order, while they fit beside the others; how many positions are left to this step.
 
-        Padding would change a linear-attention state, so there lengths must be equal.
+        A prompt that a step can't read whole becomes the long one. While there is one, half of each step's positions are for
+        prompts that fit in there; others wait, and are passed.
         """
-        by_prompt: dict[int, list[Sequence]] = {}
-        for sequence in admitted:
-            key = id(sequence) if sequence.pairs else id(sequence.prompt_pairs)
-            by_prompt.setdefault(key, []).append(sequence)
-        alone = [len(same) > 1 or self.runner.reuses(same[0]) for same in by_prompt.values()]
-        groups = [same for same, on_its_own in zip(by_prompt.values(), alone, strict=True) if on_its_own]
-        single = [same[0] for same, on_its_own in zip(by_prompt.values(), alone, strict=True) if not on_its_own]
-        group: list[Sequence] = []
-        for sequence in sorted(single, key=self.runner.num_positions):
-            positions = self.runner.num_positions(sequence)
-            if group:
-                shortest = self.runner.num_positions(group[0])
-                alike = positions == shortest if self.runner.cache.has_states else positions <= 1.5 * shortest + 16
-                if not alike or positions * (len(group) + 1) > MAX_PREFILL_POSITIONS:
-                    groups.append(group)
-                    group = []
-            group.append(sequence)
-        return [*groups, group] if group else groups
+        used = passed = 0
+        rows = len(self.running) + len(self.reading)
+        longest = max(map(self.runner.num_positions, [*self.running, *self.reading]), default=0)
+        keys: set[int] = set()
+        while len(self.waiting) > passed < MAX_PASSED:
+            sequence = self.waiting[passed]
+            limit = self.max_prefill_positions // (1 if self._long is None else 2)
+            positions = new = self.runner.num_positions(sequence)
+            if rows and not self._fits_beside(rows, max(longest, positions), positions):
+                break
+            if new > limit:
+                new -= self.runner.num_cached(sequence)
+            if sequence.reading_key in keys:
+                new = 0
+            if self._long is not None and self._long.takes(sequence):
+                self._long.sequences.append(sequence)
+            elif new > limit and self._long is not None:
+                passed += 1
+                continue
+            elif new > limit and not self._joining:
+                self._long = LongPrompt([sequence])
+            elif used + new > limit:
+                break
+            else:
+                used += new
+                keys.add(sequence.reading_key)
+                self._joining.append(sequence)
+            del self.waiting[passed]
+            rows, longest = rows + 1, max(longest, positions)
+        return self.max_prefill_positions - used
+
+    def _fits_beside(self, rows: int, longest: int, positions: int) -> bool:
+        """Whether one more sample, whose prompt takes `positions`, fits beside `rows` others, with room to go on for a while."""
+        chunks = positions // self.max_prefill_positions
+        length = longest + HEADROOM + chunks * self.runner.positions_per_step()
+        return rows < self.max_num_seqs and self.budget.fits(rows + 1, min(length, self.max_model_len))
+
+    def _prefill(self, left: int) -> None:
+        """Read the prompts that were admitted, and so many positions of the long one."""
+        for group in group_prompts(self.runner, self._joining, self.max_prefill_positions):
+            self._join(group, self.runner.begin(group))
+        self._joining = []
+        if self._long is not None:
+            prefill = self._long.prefill = self._long.prefill or self.runner.begin(self._long.sequences)
+            prefill.advance(left)
+            if prefill.left == 0:
+                self._joining = self.reading
+                self._long = None
+                self._join(self._joining, prefill)
+                self._joining = []
+
+    def _join(self, sequences: list[Sequence], prefill: Prefill) -> None:
+        first_row = len(self.running)
+        steps = self.runner.join(sequences, prefill)
+        self.running.extend(sequences)
+        self._take(first_row, steps)
+
+    def _drop_long(self) -> list[Sequence]:
+        """Give up what was read of the long prompt; its samples."""
+        sequences, self._long = self.reading, None
+        return sequences
+
+    # --- rows
+
+    def _fits(self, rows: int, length: int) -> bool:
+        """Whether so many rows fit beside the long prompt."""
+        longest = max([length, *map(self.runner.num_positions, self.reading)])
+        return self.budget.fits(rows + len(self.reading), longest)
 
     def _make_room(self) -> None:
-        """Send the youngest rows back to the queue until one more step fits."""
+        """Send the youngest samples back to the queue until one more step fits."""
         step = self.runner.positions_per_step()
-        while len(self.running) > 1:
-            longest = max(map(self.runner.num_positions, self.running))
-            if self.budget.fits(len(self.running), min(longest + step, self.max_model_len)):
+        while self.running and len(self.running) + len(self.reading) > 1:
+            longest = max(map(self.runner.num_positions, self.running)) + step
+            if self._fits(len(self.running), min(longest, self.max_model_len)):
                 return
             row = max(range(len(self.running)), key=lambda r: self.running[r].arrival_s)
-            self.waiting.appendleft(self.running[row])
-            self._leave(row)
+            if self._long is not None and self._long.arrival_s >= self.running[row].arrival_s:
+                self.waiting.extendleft(reversed(self._drop_long()))
+            else:
+                self.waiting.appendleft(self.running[row])
+                self._leave(row)
 
     def _take(self, first_row: int, steps: list[StepTokens]) -> None:
         """Give each row from `first_row` on its step; samples that end leave."""

@@ -34,6 +34,7 @@ from pipo.engine.loading import (
     load_model,
     use_kernels,
 )
+from pipo.engine.prompts import default_prefill_positions
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
@@ -71,6 +72,8 @@ class LLM:
             number, for the first so many ids. `regular` drafts nothing, and leaves it alone.
         kernels: on a CPU, `native`: decode by kernels of our own, compiled on first use; `torch`: PyTorch's; `auto`: native for bfloat16
             weights. By default `auto` for a checkpoint, and `torch` for a model in memory. What runs through ours is in `fusion`.
+        max_prefill_positions: positions of prompts (as for `max_model_len`) that are read between two decoding steps at most: a
+            longer prompt is read in chunks, and others write on meanwhile. By default 512 on a CPU, else 8192.
 
     Raises:
         CheckpointError, ConfigError, KernelError, UnsupportedModelError
@@ -94,6 +97,7 @@ class LLM:
         seed: int | None = None,
         draft_vocab: DraftVocabulary = OF_CHECKPOINT,
         kernels: str | None = None,
+        max_prefill_positions: int | None = None,
     ) -> None:
         if method not in ("pipo", *BASELINES):
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
@@ -128,6 +132,9 @@ class LLM:
             budget,
             max_positions=int(text_config.max_position_embeddings),
             max_num_seqs=max_num_seqs,
+            max_prefill_positions=(
+                default_prefill_positions(self.model.device) if max_prefill_positions is None else max_prefill_positions
+            ),
             max_model_len=max_model_len,
         )
         self._constraints = ConstraintFactory(self.tokenizer, self.vocab_size, self.eos_token_ids)
@@ -218,7 +225,7 @@ class LLM:
         fresh = load_model(folder, self.method, "cpu", self.model.dtype, None)
         with self._lock:
             if self.engine.has_work:
-                number = len(self.engine.waiting) + len(self.engine.running)
+                number = sum(map(len, (self.engine.waiting, self.engine.reading, self.engine.running)))
                 raise RequestError(
                     f"{number} samples wait or run, half of them would be another model's: try again when they are done"
                 )

@@ -16,8 +16,8 @@ from pipo.engine.sequence import Sequence, StepTokens
 from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.modeling import PipoForCausalLM
-from pipo.model.prefill import Prefilled, prefill_pairs, resume_pairs
-from pipo.model.row_state import States, measure_bytes, prefill_cache, resume_prefill
+from pipo.model.prefill import Prefill
+from pipo.model.row_state import States, measure_bytes, resume_prefill
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
@@ -49,11 +49,14 @@ class Runner(Protocol):
     def positions_per_step(self) -> int:
         """Most cache entries that one more step adds."""
 
-    def reuses(self, sequence: Sequence) -> bool:
-        """Whether the sample's prefill can go on from a kept cache, and must be done on its own."""
+    def num_cached(self, sequence: Sequence) -> int:
+        """Entries of them that a prefill takes over from a kept cache; it must then be done on its own."""
 
-    def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """Run prompts (and steps already done) and write each sample's next tokens; the samples become rows."""
+    def begin(self, sequences: Seq[Sequence]) -> Prefill:
+        """Start to read the prompts (and steps already done) of samples, all of different prompts or all of one."""
+
+    def join(self, sequences: Seq[Sequence], prefill: Prefill) -> list[StepTokens]:
+        """Their prompts are read: write each sample's next tokens; the samples become rows."""
 
     def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
         """One step of all rows."""
@@ -133,7 +136,7 @@ class PipoRunner:
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per pair of a row."""
         with torch.no_grad():
-            prefilled = prefill_pairs(self.model, [[0, 0]])
+            prefilled = Prefill(self.model, [[0, 0]]).finish()
             prefilled.run_mtp(torch.zeros(1, dtype=torch.long, device=self.model.device))
         return measure_bytes(prefilled.cache)
 
@@ -148,50 +151,55 @@ class PipoRunner:
         """One pair."""
         return 1
 
-    def reuses(self, sequence: Sequence) -> bool:
-        """Whether some of the sample's prompt is in the prefix cache."""
-        return self.prefixes is not None and self.prefixes.find(_pairs(sequence))[0] is not None
+    def num_cached(self, sequence: Sequence) -> int:
+        """Pairs at the start of the sample's prompt that are in the prefix cache."""
+        match = None if self.prefixes is None else self.prefixes.find(_pairs(sequence))[0]
+        return 0 if match is None else match.length
 
-    def prefill(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """Prefill samples, all of different prompts or all of one; the first pair of each."""
-        shared = len(sequences) > 1 and len({id(s.prompt_pairs) for s in sequences}) == 1
-        distinct = sequences[:1] if shared else sequences
-        if self.prefixes is not None and len(distinct) == 1:
-            prefilled, snapshots = self._resume(distinct[0], self.prefixes)
-        else:
-            prefilled, snapshots = prefill_pairs(self.model, [self._slots(s) for s in distinct]), {}
+    def begin(self, sequences: Seq[Sequence]) -> Prefill:
+        """Start to read prompts; a single one after the longest prefix that is cached."""
+        distinct = distinct_prompts(sequences)
+        prompts = [slots_from_pairs(_pairs(s), self.model.config.pad_token_id) for s in distinct]
+        drafts = any(wants_drafts(s) for s in sequences)
+        if self.prefixes is None or len(distinct) > 1:
+            return Prefill(self.model, prompts, num_samples=len(sequences) // len(distinct), drafts=drafts)
+        # States are kept where other prompts branch off.
+        match, branch = self.prefixes.find(_pairs(distinct[0]))
+        self.prefixes.count(hit=match is not None)
+        cache, done = None, 0
+        if match is not None:
+            done = match.length
+            states = match.entry.snapshots.get(done, match.entry.state.states)
+            cache = resume_prefill(self.model.config.text_config, match.entry.state, done, states)
+        return Prefill(
+            self.model,
+            prompts,
+            cache=cache,
+            num_cached=done,
+            num_samples=len(sequences),
+            drafts=drafts,
+            keep_at=branch,
+        )
+
+    def join(self, sequences: Seq[Sequence], prefill: Prefill) -> list[StepTokens]:
+        """The first pair of each sample."""
+        prefilled = prefill.finish()
+        shared = len(sequences) > len(prefilled.lengths)
         if shared:
             prefilled.share(len(sequences))
         rows = self.sampling.rows_of(sequences)
-        drafting = any(wants_drafts(s) for s in sequences)
-        result = write_pair(self.model, prefilled.last_hidden_BH, rows, prefilled.run_mtp if drafting else None)
+        result = write_pair(self.model, prefilled.last_hidden_BH, rows, prefilled.run_mtp if prefill.drafts else None)
         first_row = self.cache.num_rows
         self.cache.adopt(prefilled.cache, prefilled.lengths)
         self.sampling.invalidate()
         steps = steps_of(fetch(result), sequences)
+        snapshots = {} if prefill.keep_at is None or prefill.kept is None else {prefill.keep_at: prefill.kept}
         for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True), first_row):
             if not sequence.pairs:  # the prefill after a preemption finds the sample's own cache
-                sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefilled.offset]))
+                sequence.num_cached_tokens = len(tokens_from_pairs(_pairs(sequence)[: prefill.num_cached]))
             if step.finite and (not shared or row == first_row):
                 self._store(row, sequence, _pairs(sequence), step.token1, snapshots)
         return steps
-
-    def _slots(self, sequence: Sequence) -> list[int]:
-        return slots_from_pairs(_pairs(sequence), self.model.config.pad_token_id)
-
-    def _resume(self, sequence: Sequence, prefixes: PrefixCache) -> tuple[Prefilled, dict[int, States]]:
-        """Prefill after the longest prefix that is cached; keep the states where other prompts branch off."""
-        config = self.model.config.text_config
-        match, branch = prefixes.find(_pairs(sequence))
-        prefixes.count(hit=match is not None)
-        if match is None:
-            cache, done = prefill_cache(config), 0
-        else:
-            done = match.length
-            states = match.entry.snapshots.get(done, match.entry.state.states)
-            cache = resume_prefill(config, match.entry.state, done, states)
-        prefilled, kept = resume_pairs(self.model, self._slots(sequence), cache, done, branch)
-        return prefilled, {} if branch is None or kept is None else {branch: kept}
 
     def _store(
         self, row: int, sequence: Sequence, pairs: list[Pair], next_token1: int, snapshots: dict[int, States]
@@ -227,6 +235,11 @@ class PipoRunner:
 def _pairs(sequence: Sequence) -> list[Pair]:
     """What a prefill reads: the prompt, and what a preempted sample has written."""
     return [*sequence.prompt_pairs, *sequence.pairs]
+
+
+def distinct_prompts(sequences: Seq[Sequence]) -> Seq[Sequence]:
+    """One sample for each thing to read: all of them, or the first where they share a prompt."""
+    return sequences[:1] if len({s.reading_key for s in sequences}) == 1 else sequences
 
 
 def wants_drafts(sequence: Sequence) -> bool:

@@ -90,6 +90,11 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def reading_key(self) -> int:
+        """The same for samples that have the same to read: one prompt, and nothing written after it yet."""
+        return id(self) if self.pairs else id(self.prompt_pairs)
+
+    @property
     def position(self) -> int:
         """Steps done so far."""
         return self.counts.num_pairs

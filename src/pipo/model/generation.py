@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from pipo.errors import ConfigError, RequestError
 from pipo.model.cache import RowCache
 from pipo.model.modeling import PipoForCausalLM
-from pipo.model.prefill import prefill_pairs
+from pipo.model.prefill import Prefill
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.step import HostPairs, Rows, fetch, read_pairs, write_pair
 from pipo.pairing import Pair, draws_drafts, num_pairs, pair_slots_from_tokens, slots_from_pairs
@@ -134,7 +134,7 @@ def _steps(model: PipoForCausalLM, rows: list[_Row], settings: _Settings, eos: f
     groups = [[row] for row in rows] if has_states else [rows]  # padding would change a linear-attention state
     first: list[tuple[_Row, HostPairs, int]] = []
     for group in groups:
-        prefilled = prefill_pairs(model, [pair_slots_from_tokens(row.prompt, pad) for row in group])
+        prefilled = Prefill(model, [pair_slots_from_tokens(row.prompt, pad) for row in group]).finish()
         result = write_pair(
             model,
             prefilled.last_hidden_BH,

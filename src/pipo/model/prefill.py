@@ -1,11 +1,11 @@
 """Prefill: prompts through the backbone and, over all their positions, through the MTP block. Section 3.3.
 
-Shape legend: B rows, L positions (pairs, or tokens of a regular model), T slots, H width.
+Shape legend: B rows, L positions (pairs, or tokens of a regular model), T slots (or tokens), H width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pipo.model.backbone import LayerCall
+from pipo.model.base import BaseForCausalLM
 from pipo.model.drafter import Drafter
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.row_state import States, prefill_cache, prefill_states
@@ -54,57 +55,92 @@ class Prefilled:
             mtp_layer.batch_repeat_interleave(num_rows)
 
     def run_mtp(self, token1_B: Tensor) -> Tensor:
-        """Run the MTP block over **all** positions, which fills its cache; `d [B, H]` of each prompt's last one."""
+        """Run the MTP block over the positions that it has not seen, which fills its cache; `d [B, H]` of each prompt's last one."""
         rows, last = range(len(self.lengths)), self._last
         self.following_BL[rows, last] = token1_B
         mtp_hidden_BLH = self.model.run_mtp(self.following_BL, self.hidden_BLH, self.call, self.cache)
         return mtp_hidden_BLH[rows, last]
 
 
-def resume_pairs(
-    model: PipoForCausalLM, slots: Sequence[int], cache: Cache, done: int, keep_at: int | None = None
-) -> tuple[Prefilled, States | None]:
-    """Run the backbone over one prompt whose first `done` pairs are in `cache`, MTP block included.
+class Prefill:
+    """Prompts on their way through the model: several in one go, right-padded; a single one in parts as long as asked for.
 
-    Args:
-        slots: of the whole prompt. keep_at: stop at this many pairs on the way and return the linear-attention states there.
+    What the MTP block reads beside a position is the token 1 that follows. For all but the last position that is in the prompt,
+    so each part but the last goes through the MTP block at once and leaves nothing behind but the cache.
     """
-    kept: States | None = None
-    if keep_at is not None:
-        part = _prefill_from(model, slots[: 2 * keep_at + 2], cache, done, keep_at)
-        model.run_mtp(part.following_BL, part.hidden_BLH, part.call, cache)
-        kept, done = prefill_states(cache), keep_at
-    return _prefill_from(model, slots, cache, done, len(slots) // 2), kept
 
+    def __init__(
+        self,
+        model: PipoForCausalLM | BaseForCausalLM,
+        prompts: Sequence[Sequence[int]],
+        *,
+        cache: Cache | None = None,
+        num_cached: int = 0,
+        num_samples: int = 1,
+        drafts: bool = True,
+        keep_at: int | None = None,
+    ) -> None:
+        """Ready to read `prompts`: slots (of even length, none empty) for a PIPO model, tokens for a regular one.
 
-def _prefill_from(model: PipoForCausalLM, slots: Sequence[int], cache: Cache, done: int, end: int) -> Prefilled:
-    """Pairs `done … end-1`. `slots` may go on: the slot after the last pair is what the MTP block reads there."""
-    ids = torch.tensor([[*slots, 0]], dtype=torch.long, device=model.device)
-    slots_1T, following_1L = ids[:, 2 * done : 2 * end], ids[:, 2 * done + 2 : 2 * end + 1 : 2]
-    positions_1L = torch.arange(done, end, device=model.device)[None]
-    hidden_1LH, call = model.run_backbone(model.compress(slots_1T), positions_1L, None, cache)
-    return Prefilled(model, cache, hidden_1LH, call, following_1L.clone(), [end], offset=done)
+        Args:
+            cache: of the one prompt's first `num_cached` positions; filled further.
+            num_samples: how many will share the one prompt. Each has a token 1 of its own, so the last position is then read by itself.
+            drafts: whether the MTP block will be run. keep_at: keep the linear-attention states after so many positions.
+        """
+        longest = max(len(row) for row in prompts)
+        # Rows end in padding, which no earlier position attends to: the decoder's own causal masks are all it takes.
+        padded = [[*row, *[0] * (longest - len(row))] for row in prompts]
+        ids_BT = self._ids_BT = torch.tensor(padded, dtype=torch.long, device=model.device)
+        self._embed: Callable[[Tensor], Tensor]
+        if isinstance(model, PipoForCausalLM):
+            self._width, self._embed, following_BL = 2, model.compress, ids_BT[:, MTP_INPUTS]
+        else:
+            self._width, self._embed, following_BL = 1, model.embed, ids_BT[:, 1:]
+        self._following_BL = torch.cat([following_BL, ids_BT[:, :1]], dim=1)  # the last one is not known yet
+        self.model = model
+        self.cache = prefill_cache(model.backbone.config) if cache is None else cache
+        self.lengths = [len(row) // self._width for row in prompts]
+        self.num_cached = self.done = num_cached
+        self.drafts = drafts
+        self.keep_at = keep_at
+        self.kept: States | None = None
+        """The states that were to be kept, once it has come so far."""
+        self.result: Prefilled | None = None
+        """What the last part gave, once all is read."""
+        cuts = {keep_at, max(self.lengths) - 1 if num_samples > 1 else None}
+        self._cuts = {cut for cut in cuts if cut is not None}
 
+    @property
+    def left(self) -> int:
+        """Positions still to be read, of the longest prompt."""
+        return max(self.lengths) - self.done
 
-def prefill_pairs(model: PipoForCausalLM, slots: Sequence[Sequence[int]]) -> Prefilled:
-    """Run the backbone over prompts given as slots (each of even length, not empty)."""
-    longest = max(len(row) for row in slots)
-    padded = [[*row, *[0] * (longest - len(row))] for row in slots]
-    slots_BT = torch.tensor(padded, dtype=torch.long, device=model.device)
-    following_BL = torch.cat([slots_BT[:, MTP_INPUTS], slots_BT[:, :1]], dim=1)
-    return _prefill(model, model.compress(slots_BT), following_BL, [len(row) // 2 for row in slots])
+    def advance(self, num_positions: int | None = None) -> None:
+        """Read on: so many positions, or all that are left."""
+        end = self.done + (self.left if num_positions is None else min(num_positions, self.left))
+        for stop in sorted({*self._cuts, end}):
+            if self.done < stop <= end:
+                self._read(stop)
 
+    def finish(self) -> Prefilled:
+        """Read all that is left."""
+        self.advance()
+        assert self.result is not None
+        return self.result
 
-def prefill_tokens(model: Drafter, prompts: Sequence[Sequence[int]], device: torch.device) -> Prefilled:
-    """Run a regular model's backbone over prompts of tokens."""
-    longest = max(len(row) for row in prompts)
-    ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in prompts], dtype=torch.long, device=device)
-    return _prefill(model, model.embed(ids_BT), ids_BT.roll(-1, dims=1), [len(row) for row in prompts])
-
-
-def _prefill(model: Drafter, inputs_BLH: Tensor, following_BL: Tensor, lengths: list[int]) -> Prefilled:
-    # Rows end in padding, which no earlier position attends to: the decoder's own causal masks are all it takes.
-    cache = prefill_cache(model.backbone.config)
-    positions_1L = torch.arange(inputs_BLH.shape[1], device=inputs_BLH.device)[None]
-    hidden_BLH, call = model.run_backbone(inputs_BLH, positions_1L, None, cache)
-    return Prefilled(model, cache, hidden_BLH, call, following_BL, lengths)
+    def _read(self, stop: int) -> None:
+        assert len(self.lengths) == 1 or stop == max(self.lengths), "several prompts are read in one go"
+        positions_1L = torch.arange(self.done, stop, device=self._ids_BT.device)[None]
+        inputs_BLH = self._embed(self._ids_BT[:, self._width * self.done : self._width * stop])
+        hidden_BLH, call = self.model.run_backbone(inputs_BLH, positions_1L, None, self.cache)
+        following_BL = self._following_BL[:, self.done : stop]
+        if stop == max(self.lengths):
+            following_BL = following_BL.clone()  # token 1 will be written into it
+            self.result = Prefilled(
+                self.model, self.cache, hidden_BLH, call, following_BL, self.lengths, offset=self.done
+            )
+        elif self.drafts:
+            self.model.run_mtp(following_BL, hidden_BLH, call, self.cache)
+        self.done = stop
+        if stop == self.keep_at:
+            self.kept = prefill_states(self.cache)

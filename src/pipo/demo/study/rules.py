@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +14,7 @@ from pipo.engine.runner import PipoRunner
 from pipo.engine.sequence import Sequence as Sample
 from pipo.engine.sequence import StepTokens
 from pipo.model.modeling import PipoForCausalLM
+from pipo.model.prefill import Prefill
 from pipo.pairing import accept
 
 if TYPE_CHECKING:
@@ -82,18 +83,16 @@ class RuleRunner(PipoRunner):
         self.rule = rule
         self.threshold = 0.0
 
-    def prefill(self, sequences: Sequence[Sample]) -> list[StepTokens]:
+    def join(self, sequences: Sequence[Sample], prefill: Prefill) -> list[StepTokens]:
         """See :class:`pipo.engine.runner.Runner`."""
-        return self._judged(super().prefill, sequences)
+        return self._judged(super().join(sequences, prefill), sequences)
 
     def decode(self, sequences: Sequence[Sample]) -> list[StepTokens]:
         """See :class:`pipo.engine.runner.Runner`."""
-        return self._judged(super().decode, sequences)
+        return self._judged(super().decode(sequences), sequences)
 
-    def _judged(
-        self, write: Callable[[Sequence[Sample]], list[StepTokens]], samples: Sequence[Sample]
-    ) -> list[StepTokens]:
-        return [self._judge(sample, step) for sample, step in zip(samples, write(samples), strict=True)]
+    def _judged(self, steps: list[StepTokens], samples: Sequence[Sample]) -> list[StepTokens]:
+        return [self._judge(sample, step) for sample, step in zip(samples, steps, strict=True)]
 
     def _judge(self, sample: Sample, step: StepTokens) -> StepTokens:
         confidence = self.rule(sample, step)
