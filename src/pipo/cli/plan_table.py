@@ -57,12 +57,11 @@ def print_comparison(
     results: Results[Row], efficiency: Efficiency, rows: Sequence[Comparison], errors: Mapping[str, float | None]
 ) -> None:
     """Predicted beside measured, a line for each measured row."""
-    from pipo.bench.cost import Machine
+    from pipo.bench.against import machine_of
 
     screen = console(stderr=False)
-    assert results.machine is not None
     what = results.shape or ", ".join(results.models)
-    screen.print(f"{what} on {_machine(Machine(**results.machine))}, measured in the same run")
+    screen.print(f"{what} on {_machine(machine_of(results))}, measured in the same run")
     screen.print(f"{_assumptions(efficiency)}\n")
     columns = ["method", "batch", "context", "drafts from"]
     columns += [column for time in ("TTFT", "TPOT") for column in (time, "measured", "error")]
