@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test train-tiny test-clients test-load test-sglang lint types docs clean
+.PHONY: demo test train-tiny bench-peers test-clients test-load test-sglang lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
@@ -25,6 +25,12 @@ test: lint types
 # The road of docs/training.md on the demo's world, by its own commands. ARGS: another folder than runs/tiny.
 train-tiny: $(DEV)
 	PIPO=$(BIN)/pipo recipes/tiny.sh $(ARGS)
+
+# Engines of others beside ours, each in an environment of its own (docs/benchmarking.md). vLLM's takes 3.4 GB; llama.cpp is compiled.
+PEERS := vllm llamacpp
+
+bench-peers: $(CORE) $(foreach name,$(PEERS),.venvs/$(name)/.installed)
+	$(BIN)/python -m pipo bench latency --peers hf,vllm,llamacpp $(foreach name,$(PEERS),--peer-python $(name)=.venvs/$(name)/bin/python) $(ARGS)
 
 # Clients that others wrote, each in an environment of its own, against a real `pipo serve`.
 CLIENTS := $(foreach name,openai2 openai3 schemathesis,.venvs/$(name)/.installed)
@@ -73,6 +79,21 @@ $(DEV): $(CORE)
 	@echo "Installing into .venvs/$*"
 	$(BIN)/python -m venv --clear .venvs/$*
 	.venvs/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+# Its packages for pictures and sound are builds for CUDA, which a torch without CUDA can't load.
+.venvs/vllm/.installed: recipes/peers/vllm.txt | $(BIN)/python
+	@echo "Installing into .venvs/vllm (torch first: this takes some minutes)"
+	$(BIN)/python -m venv --clear .venvs/vllm
+	.venvs/vllm/bin/python -m pip install --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	.venvs/vllm/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	.venvs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+.venvs/llamacpp/.installed: recipes/peers/llamacpp.txt | $(BIN)/python
+	@echo "Compiling llama.cpp into .venvs/llamacpp (this takes some minutes)"
+	$(BIN)/python -m venv --clear .venvs/llamacpp
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF .venvs/llamacpp/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
 $(SGLANG)/.installed: tests/sglang/requirements.txt constraints.txt | $(BIN)/python
