@@ -13,12 +13,12 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from pipo.engine.runner import RowSampling, distinct_prompts, steps_of
+from pipo.engine.capture import Capture
+from pipo.engine.runner import StepRunner, distinct_prompts, steps_of
 from pipo.engine.sequence import Sequence, StepTokens
 from pipo.errors import ConfigError, RequestError
 from pipo.model.backbone import LayerCall
 from pipo.model.base import BaseForCausalLM
-from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.prefill import Prefill, Prefilled
 from pipo.model.row_state import measure_bytes
@@ -35,7 +35,6 @@ from pipo.model.sampling import (
     token_logprobs,
     uniform,
 )
-from pipo.model.sampling_batch import to_device
 from pipo.model.step import (
     NO_DRAFT,
     PairResult,
@@ -46,14 +45,16 @@ from pipo.model.step import (
 )
 
 
-class BaseRunner:
+class BaseRunner(StepRunner):
     """What the baselines have in common. See :class:`pipo.engine.runner.Runner`."""
 
     name = "regular"
     drafts = False
     """Whether the method needs the model's MTP block."""
 
-    def __init__(self, model: BaseForCausalLM, draft_ids: DraftIds | None = None) -> None:
+    def __init__(
+        self, model: BaseForCausalLM, draft_ids: DraftIds | None = None, capture: Capture | None = None
+    ) -> None:
         """`draft_ids`: what drafts are drawn from, where that is not the whole vocabulary. A method that drafts nothing needs none.
 
         Raises:
@@ -63,11 +64,10 @@ class BaseRunner:
             raise ConfigError(
                 f"method={self.name!r} drafts with the model's MTP block, and this checkpoint has no mtp.* tensors"
             )
-        self.model = model
-        self.cache = RowCache(model.config, model.device)
         # Verification tells what lies elsewhere, and a draft that is always kept must be a token.
         vocab = DraftVocab(model, draft_ids, with_elsewhere=False) if self.drafts and draft_ids is not None else None
-        self.sampling = RowSampling(int(model.config.vocab_size), model.device, vocab)
+        super().__init__(model.config, model.device, vocab, capture)
+        self.model = model
 
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per position of a row."""
@@ -96,15 +96,9 @@ class BaseRunner:
         """The baselines keep no prefixes."""
         return 0
 
-    def reset(self) -> None:
-        """Free all rows."""
-        self.cache.clear()
-        self.sampling.invalidate()
-
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free a row."""
-        self.cache.remove(row)
-        self.sampling.invalidate()
+        self._drop(row)
 
     def begin(self, sequences: Seq[Sequence]) -> Prefill:
         """Start to read prompts."""
@@ -120,15 +114,11 @@ class BaseRunner:
         rows = self.sampling.rows_of(sequences)
         result = self._after_prefill(prefilled, rows, self._write_token(prefilled.last_hidden_BH, rows))
         self.cache.adopt(prefilled.cache, prefilled.lengths)
-        self.sampling.invalidate()
+        self._rows_joined()
         return steps_of(fetch(result), sequences)
 
     def _after_prefill(self, prefilled: Prefilled, rows: Rows, first: PairResult) -> PairResult:
         return first
-
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """One step of all rows."""
-        raise NotImplementedError
 
     def _write_token(self, hidden_BH: Tensor, rows: Rows) -> PairResult:
         """Draw each row's next token."""
@@ -143,19 +133,22 @@ class BaseRunner:
         inputs_BTH = self.model.embed(ids_BT)
         return self.model.run_backbone(inputs_BTH, positions_BT, self.cache.masks(inputs_BTH.dtype), self.cache)
 
-    def _ids(self, ids: list[list[int]]) -> Tensor:
-        return to_device(torch.tensor(ids, dtype=torch.long), self.model.device)
-
 
 class RegularRunner(BaseRunner):
     """One token per step."""
 
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+    def read_ids(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Each row's last token."""
+        return [s.token_ids[-1:] for s in sequences]
+
+    def run(self, ids_BT: Tensor, rows: Rows, drafting: bool) -> PairResult:
         """Read each row's last token, write the next."""
-        hidden_B1H, _ = self._read(self._ids([[s.token_ids[-1]] for s in sequences]))
-        result = self._write_token(hidden_B1H[:, 0], self.sampling.rows(sequences))
-        self.cache.advance()
-        return steps_of(fetch(result), sequences)
+        hidden_B1H, _ = self._read(ids_BT)
+        return self._write_token(hidden_B1H[:, 0], rows)
+
+    def next_ids(self, ids_BT: Tensor, result: PairResult) -> Tensor:
+        """The token that was written."""
+        return result.token1_B[:, None]
 
 
 class MtpRunner(BaseRunner):
@@ -163,21 +156,26 @@ class MtpRunner(BaseRunner):
 
     name = "mtp"
     drafts = True
+    num_new = 2
 
     def _after_prefill(self, prefilled: Prefilled, rows: Rows, first: PairResult) -> PairResult:
         return self._with_draft(rows, first, prefilled.run_mtp(first.token1_B))
 
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+    def read_ids(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Each row's last two tokens."""
+        return [s.token_ids[-2:] for s in sequences]
+
+    def run(self, ids_BT: Tensor, rows: Rows, drafting: bool) -> PairResult:
         """Read each row's last two tokens, write the next two."""
-        ids_B2 = self._ids([s.token_ids[-2:] for s in sequences])
-        hidden_B2H, call = self._read(ids_B2)
-        rows = self.sampling.rows(sequences)
+        hidden_B2H, call = self._read(ids_BT)
         first = self._write_token(hidden_B2H[:, 1], rows)
-        following_B2 = torch.stack([ids_B2[:, 1], first.token1_B], dim=1)
+        following_B2 = torch.stack([ids_BT[:, 1], first.token1_B], dim=1)
         mtp_hidden_BH = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)[:, 1]
-        result = self._with_draft(rows, first, mtp_hidden_BH)
-        self.cache.advance(2)
-        return steps_of(fetch(result), sequences)
+        return self._with_draft(rows, first, mtp_hidden_BH)
+
+    def next_ids(self, ids_BT: Tensor, result: PairResult) -> Tensor:
+        """The two tokens that were written."""
+        return torch.stack([result.token1_B, result.draft_B], dim=1)
 
     def _with_draft(self, rows: Rows, first: PairResult, mtp_hidden_BH: Tensor) -> PairResult:
         mtp_hidden_BH, _ = finite_rows(mtp_hidden_BH)
@@ -198,8 +196,12 @@ class SpeculativeRunner(BaseRunner):
 
     name = "speculative"
     drafts = True
+    verifies = True
 
-    def __init__(self, model: BaseForCausalLM, draft_ids: DraftIds | None = None) -> None:
+    def __init__(
+        self, model: BaseForCausalLM, draft_ids: DraftIds | None = None, capture: Capture | None = None
+    ) -> None:
+        """`capture` is not used: how far a step goes on, and what it must read again, is known on the host only."""
         super().__init__(model, draft_ids)
         self.verify: Callable[..., Verdict] = speculative_verify
         """What judges drafts. A benchmark puts a given share of acceptance here."""
@@ -240,12 +242,15 @@ class SpeculativeRunner(BaseRunner):
         vocab = rows.part.vocab
         return vocab.token_M[draft_B], vocab.spread(draft_BV, rows.batch.vocab_size)
 
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+    def read_ids(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Each row's last token; its draft is on the device."""
+        return [s.token_ids[-1:] for s in sequences]
+
+    def run(self, ids_BT: Tensor, rows: Rows, drafting: bool) -> PairResult:
         """Verify each row's draft, write one or two tokens, draft again."""
-        ids_B2 = torch.stack([self._ids([[s.token_ids[-1]] for s in sequences])[:, 0], self._draft_B], dim=1)
+        ids_B2 = torch.stack([ids_BT[:, 0], self._draft_B], dim=1)
         before = self.cache.snapshot() if self.cache.has_states else None
         hidden_B2H, call = self._read(ids_B2)
-        rows = self.sampling.rows(sequences)
         result, accepted_B = self._verify(rows, hidden_B2H)
         following_B2 = torch.stack([result.token1_B, result.draft_B.clamp_min(0)], dim=1)
         mtp_hidden_B2H = self.model.run_mtp(following_B2, hidden_B2H, call, self.cache)
@@ -256,9 +261,14 @@ class SpeculativeRunner(BaseRunner):
             self.cache.restore(before)
             self._read(ids_B2[:, :1])
             self.cache.restore(after, accepted_B)
-        steps = steps_of(fetch(result), sequences, judged=True)
+        return result
+
+    def next_ids(self, ids_BT: Tensor, result: PairResult) -> Tensor:
+        """The last token that was written."""
+        return torch.where(result.committed_B, result.draft_B, result.token1_B)[:, None]
+
+    def _advance(self, steps: list[StepTokens]) -> None:
         self.cache.advance([1 + step.committed for step in steps])
-        return steps
 
     def _verify(self, rows: Rows, hidden_B2H: Tensor) -> tuple[PairResult, Tensor]:
         """Token 1 is the draft or its replacement; where the draft stands, token 2 is the backbone's next."""

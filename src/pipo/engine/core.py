@@ -5,6 +5,10 @@ A request's life: 1. `add` checks it and puts its samples in the queue. 2. `step
 `max_prefill_positions` takes several such steps. 3. Every other `step` decodes all rows once: after one that prefills comes
 one that decodes. 4. A sample that stops leaves at once, and its row is free for the next step. 5. When memory runs out, the
 youngest sample goes back to the front of the queue with what it has written; its later prefill continues it exactly.
+
+A runner that looks ahead (`pipo.engine.graph`) is given step t+1 before step t's result is read, so that the device never waits
+for the host. Rows join only when nothing is under way; a row that step t ended has been run once too often, and what that wrote
+is thrown away.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 
 from pipo.engine.prompts import LongPrompt, group_prompts
 from pipo.engine.request import SampleError
-from pipo.engine.runner import Runner
+from pipo.engine.runner import Launched, Runner
 from pipo.engine.sequence import Sequence, StepText, StepTokens
 from pipo.errors import ConfigError, ContextLengthError
 from pipo.model.prefill import Prefill
@@ -90,8 +94,10 @@ class Engine:
         self._joining: list[Sequence] = []  # what this step prefills
         self._long: LongPrompt | None = None
         self._decode_next = False
+        self._under_way: Launched | None = None  # the step whose result is not read yet, where the runner looks ahead
         self._listeners: dict[int, Listener] = {}
         runner.cache.fits = self._fits
+        runner.cache.limits = (max_num_seqs, self.max_model_len)
         self.on_finish: Callable[[Sequence], None] | None = None
         """Called with every sample that has ended, before its listener."""
 
@@ -105,6 +111,7 @@ class Engine:
         if budget.max_length() < 2:
             raise ConfigError(f"the cache's {total_bytes} bytes hold no request; give it more")
         self.budget, self.max_model_len = budget, min(self.max_model_len, budget.max_length())
+        self.runner.cache.limits = (self.max_num_seqs, self.max_model_len)
 
     # --- requests
 
@@ -173,14 +180,40 @@ class Engine:
             self._decode_next = False
             self._make_room()
             if self.running:
-                self._take(0, self.runner.decode(self.running))
+                self._decode()
         except BaseException:
             self._start_over()
             raise
 
+    def _decode(self) -> None:
+        """Take a step of all rows; where the runner looks ahead, with the next one under way."""
+        launched = self._under_way or self.runner.launch(self.running)
+        self._under_way = None
+        if self._looks_ahead():
+            self._under_way = self.runner.launch(self.running)
+        self._take_launched(launched)
+
+    def _looks_ahead(self) -> bool:
+        """Whether to start the step after the one under way. Where every row is sure to end, nobody would read it."""
+        if all(len(sequence.token_ids) + 1 >= sequence.max_tokens for sequence in self.running):
+            return False
+        return self.runner.looks_ahead(self.running)
+
+    def _settle(self) -> None:
+        """Take the step that is under way, if one is: then the host knows all that the rows have written."""
+        launched, self._under_way = self._under_way, None
+        if launched is not None:
+            self._take_launched(launched)
+
+    def _take_launched(self, launched: Launched) -> None:
+        """Give the rows of a step that still run what it wrote for them."""
+        steps = {id(s): step for s, step in zip(launched.sequences, launched.read(), strict=True)}
+        self._take(0, [steps[id(sequence)] for sequence in self.running])
+
     def _start_over(self) -> None:
         """Empty the cache and queue every sample again, ahead of those that wait: prefilled with what it has written."""
         self.runner.reset()
+        self._under_way = None
         left = {id(s): s for s in [*self.running, *self.reading, *self._joining, *self.waiting] if not s.finished}
         self.running, self._long, self._joining = [], None, []
         self.waiting = deque(left.values())
@@ -228,7 +261,7 @@ class Engine:
         """Whether one more sample, whose prompt takes `positions`, fits beside `rows` others, with room to go on for a while."""
         chunks = positions // self.max_prefill_positions
         length = longest + HEADROOM + chunks * self.runner.positions_per_step()
-        return rows < self.max_num_seqs and self.budget.fits(rows + 1, min(length, self.max_model_len))
+        return rows < self.max_num_seqs and self._holds(rows + 1, min(length, self.max_model_len))
 
     def _prefill(self, left: int) -> None:
         """Read the prompts that were admitted, and so many positions of the long one."""
@@ -245,6 +278,7 @@ class Engine:
                 self._joining = []
 
     def _join(self, sequences: list[Sequence], prefill: Prefill) -> None:
+        self._settle()
         first_row = len(self.running)
         steps = self.runner.join(sequences, prefill)
         self.running.extend(sequences)
@@ -260,15 +294,22 @@ class Engine:
     def _fits(self, rows: int, length: int) -> bool:
         """Whether so many rows fit beside the long prompt."""
         longest = max([length, *map(self.runner.num_positions, self.reading)])
-        return self.budget.fits(rows + len(self.reading), longest)
+        return self._holds(rows + len(self.reading), longest)
+
+    def _holds(self, rows: int, length: int) -> bool:
+        """Whether memory holds what the cache reserves for so many rows of this length."""
+        return self.budget.fits(*self.runner.cache.rounded(rows, length))
 
     def _make_room(self) -> None:
         """Send the youngest samples back to the queue until one more step fits."""
-        step = self.runner.positions_per_step()
         while self.running and len(self.running) + len(self.reading) > 1:
-            longest = max(map(self.runner.num_positions, self.running)) + step
+            steps = 1 + self._looks_ahead()
+            longest = max(map(self.runner.num_positions, self.running)) + steps * self.runner.positions_per_step()
             if self._fits(len(self.running), min(longest, self.max_model_len)):
                 return
+            if self._under_way is not None:  # before a row goes, the host must know what it has written
+                self._settle()
+                continue
             row = max(range(len(self.running)), key=lambda r: self.running[r].arrival_s)
             if self._long is not None and self._long.arrival_s >= self.running[row].arrival_s:
                 self.waiting.extendleft(reversed(self._drop_long()))

@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 import time
+import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from torch import nn
 
 from pipo.data.conversation import encode_text, load_tokenizer, render_chat
 from pipo.engine.baselines import BaseRunner, MtpRunner, RegularRunner, SpeculativeRunner
+from pipo.engine.capture import capture_for
 from pipo.engine.constraint import ConstraintFactory
 from pipo.engine.core import Engine
 from pipo.engine.detokenize import Detokenizer, TextDecoder
@@ -39,7 +41,7 @@ from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
 from pipo.engine.stepper import Stepper, Subscription
-from pipo.errors import CheckpointError, ConfigError, RequestError
+from pipo.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 from pipo.model.adapter import tokenizer_home
 from pipo.model.config import DEFAULT_THRESHOLD
 from pipo.model.files import find_checkpoint
@@ -74,6 +76,8 @@ class LLM:
             weights. By default `auto` for a checkpoint, and `torch` for a model in memory. What runs through ours is in `fusion`.
         max_prefill_positions: positions of prompts (as for `max_model_len`) that are read between two decoding steps at most: a
             longer prompt is read in chunks, and others write on meanwhile. By default 512 on a CPU, else 8192.
+        cuda_graphs: decode by captured CUDA graphs, one per batch size, with the host one step behind. By default on a GPU, where the
+            model's step can be captured.
 
     Raises:
         CheckpointError, ConfigError, KernelError, UnsupportedModelError
@@ -98,6 +102,7 @@ class LLM:
         draft_vocab: DraftVocabulary = OF_CHECKPOINT,
         kernels: str | None = None,
         max_prefill_positions: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         if method not in ("pipo", *BASELINES):
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
@@ -121,10 +126,11 @@ class LLM:
             self.eos_token_ids |= {int(self.tokenizer.eos_token_id)}
         self._decoder = TextDecoder(self.tokenizer) if self.tokenizer is not None else None
         draft_ids = choose_draft_ids(draft_vocab, folder, self.vocab_size)
+        capture = capture_for(self.model.device, cuda_graphs)
         runner: Runner = (
-            PipoRunner(self.model, prefix_cache_bytes, draft_ids)
+            PipoRunner(self.model, prefix_cache_bytes, draft_ids, capture)
             if isinstance(self.model, PipoForCausalLM)
-            else BASELINES[method](self.model, draft_ids)
+            else BASELINES[method](self.model, draft_ids, capture)
         )
         budget = cache_budget(runner, self.model.device, cache_budget_bytes)
         self.engine = Engine(
@@ -144,6 +150,21 @@ class LLM:
         self._request_ids = itertools.count()
         self._lock = threading.RLock()
         self._stepper = Stepper(self.engine, self._lock)
+        if runner.graphs is not None:
+            self._try_graphs(runner, required=cuda_graphs is True)
+
+    def _try_graphs(self, runner: Runner, required: bool) -> None:
+        """Capture a first step now, so that a model whose step can't be captured is known before it serves."""
+        params = SamplingParams(temperature=0, threshold=0.0, max_tokens=4, ignore_eos=True, seed=0)
+        try:
+            self.generate({"prompt_token_ids": [0]}, params)
+        except UnsupportedModelError as error:
+            if required:
+                raise
+            warnings.warn(f"{error}; decoding without, which is slower", stacklevel=3)
+            runner.graphs = None
+        runner.reset()
+        self.forget()
 
     @property
     def threshold(self) -> float:

@@ -5,30 +5,47 @@ A runner owns the cache; row `i` of it is the `i`-th running sample.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
+from pipo.engine.capture import Capture
+from pipo.engine.graph import StepGraphs, is_capturable
 from pipo.engine.prefix import PrefixCache
 from pipo.engine.request import TokenLogprob
+from pipo.engine.row_sampling import RowSampling
 from pipo.engine.sequence import Sequence, StepTokens
 from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.prefill import Prefill
 from pipo.model.row_state import States, measure_bytes, resume_prefill
-from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
+from pipo.model.static_cache import StaticRowCache
 from pipo.model.step import (
-    DraftPart,
     HostPairs,
+    PairResult,
     Rows,
     fetch,
     read_pairs,
+    slots_of_result,
     write_pair,
 )
 from pipo.pairing import Pair, draws_drafts, slots_from_pairs, tokens_from_pairs
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that was started: the samples whose rows it ran, and what reads its result, waiting for it where it must."""
+
+    sequences: tuple[Sequence, ...]
+    read: Callable[[], list[StepTokens]]
 
 
 class Runner(Protocol):
@@ -36,6 +53,8 @@ class Runner(Protocol):
 
     cache: RowCache
     sampling: RowSampling
+    graphs: StepGraphs | None
+    """Captured steps, where the device has them."""
 
     def measure_bytes(self) -> tuple[int, int]:
         """Bytes of cache per row, and per position of a row."""
@@ -58,8 +77,11 @@ class Runner(Protocol):
     def join(self, sequences: Seq[Sequence], prefill: Prefill) -> list[StepTokens]:
         """Their prompts are read: write each sample's next tokens; the samples become rows."""
 
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """One step of all rows."""
+    def looks_ahead(self, sequences: Seq[Sequence]) -> bool:
+        """Whether the step after the one that was launched last can be launched before that one's result is read."""
+
+    def launch(self, sequences: Seq[Sequence]) -> Launched:
+        """Start one step of all rows."""
 
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free the sample's row; the last row takes its place."""
@@ -68,69 +90,101 @@ class Runner(Protocol):
         """Free all rows, whatever state a step left them in."""
 
 
-Laid = tuple[SamplingBatch, TokenHistory | None, DraftPart | None]
+class StepRunner(ABC):
+    """Decoding by a step that is one function of tensors on the device, and so can be captured. See `pipo.engine.graph`."""
+
+    cache: RowCache
+    num_new = 1
+    """Cache entries that a step adds to every row."""
+    verifies = False
+    """Whether drafts are judged without a confidence."""
+
+    def __init__(
+        self, config: PreTrainedConfig, device: torch.device, draft_vocab: DraftVocab | None, capture: Capture | None
+    ) -> None:
+        """`capture`: how steps are made repeatable; `None`: they are run as they come."""
+        self.sampling = RowSampling(int(config.vocab_size), device, draft_vocab)
+        self.graphs: StepGraphs | None = None
+        if capture is None:
+            self.cache = RowCache(config, device)
+        else:
+            self.cache = static = StaticRowCache(config, device)
+            self.graphs = StepGraphs(self, static, self.sampling, capture)
+
+    @abstractmethod
+    def read_ids(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """The ids that the next step of each sample reads, `T` each."""
+
+    @abstractmethod
+    def run(self, ids_BT: Tensor, rows: Rows, drafting: bool) -> PairResult:
+        """One step of all rows. `drafting`: whether any row's draft can matter."""
+
+    @abstractmethod
+    def next_ids(self, ids_BT: Tensor, result: PairResult) -> Tensor:
+        """What the step after it reads, int64 `[B, T]`."""
+
+    def looks_ahead(self, sequences: Seq[Sequence]) -> bool:
+        """Where the step is captured, its input does not wait for the host."""
+        return self.graphs is not None and all(map(is_capturable, sequences))
+
+    def launch(self, sequences: Seq[Sequence]) -> Launched:
+        """Start one step of all rows: replayed where it can be, else run and read at once."""
+        rows = tuple(sequences)
+        if self.graphs is not None and all(map(is_capturable, rows)):
+            read = self.graphs.launch(rows, any(map(wants_drafts, rows)))
+            return Launched(rows, lambda: steps_of(read(), rows))
+        steps = self.decode(rows)
+        return Launched(rows, lambda: steps)
+
+    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
+        """Run a step of all rows and read its result."""
+        ids_BT = to_device(torch.tensor(self.read_ids(sequences), dtype=torch.long), self.cache.device)
+        result = self.run(ids_BT, self.sampling.rows(sequences), any(map(wants_drafts, sequences)))
+        steps = steps_of(fetch(result), sequences, self.verifies)
+        self._advance(steps)
+        if self.graphs is not None:
+            self.graphs.forget_rows()
+        return steps
+
+    def _advance(self, steps: list[StepTokens]) -> None:
+        self.cache.advance(self.num_new)
+
+    def reset(self) -> None:
+        """Free all rows; nothing of them is kept."""
+        self.cache.clear()
+        self._rows_joined()
+
+    def _rows_joined(self) -> None:
+        self.sampling.invalidate()
+        if self.graphs is not None:
+            self.graphs.forget_rows()
+
+    def _drop(self, row: int) -> None:
+        """Free a row; the last row takes its place."""
+        if self.graphs is not None:
+            self.graphs.rows_left(row)
+        self.cache.remove(row)
+        self.sampling.invalidate()
 
 
-class RowSampling:
-    """The sampling state of the running rows, built anew when rows join or leave and carried along otherwise."""
-
-    def __init__(self, vocab_size: int, device: torch.device, draft_vocab: DraftVocab | None = None) -> None:
-        """`draft_vocab`: what drafts are drawn from, where that is not the whole vocabulary."""
-        self.vocab_size = vocab_size
-        self.device = device
-        self.draft_vocab = draft_vocab
-        self._of_rows: Laid | None = None
-
-    def invalidate(self) -> None:
-        """Rows joined or left."""
-        self._of_rows = None
-
-    def rows(self, sequences: Seq[Sequence]) -> Rows:
-        """Sampling for a step of all running rows."""
-        if self._of_rows is None:
-            self._of_rows = self._build(sequences)
-        return self._rows(sequences, *self._of_rows)
-
-    def rows_of(self, sequences: Seq[Sequence]) -> Rows:
-        """Sampling for a prefill, whose samples are not rows yet."""
-        return self._rows(sequences, *self._build(sequences))
-
-    def _build(self, sequences: Seq[Sequence]) -> Laid:
-        params, seeds = [s.params for s in sequences], [s.seed for s in sequences]
-        stop_ids = [s.stop_ids for s in sequences]
-        batch = SamplingBatch.build(params, seeds, self.vocab_size, self.device, stop_ids)
-        history, part = None, None
-        if batch.any_penalty:
-            history = TokenHistory(batch, [s.prompt_ids for s in sequences], [s.token_ids for s in sequences])
-        if (vocab := self.draft_vocab) is not None:
-            places = SamplingBatch.build(params, seeds, vocab.num_places, self.device, stop_ids, vocab.place_of)
-            part = DraftPart(vocab, places)
-        return batch, history, part
-
-    def _rows(
-        self, sequences: Seq[Sequence], batch: SamplingBatch, history: TokenHistory | None, part: DraftPart | None
-    ) -> Rows:
-        counts = torch.tensor([[s.position for s in sequences], [len(s.token_ids) for s in sequences]])
-        position_B, num_tokens_B = to_device(counts, self.device)
-        constraints = {i: s.constraint for i, s in enumerate(sequences) if s.constraint is not None}
-        records = tuple(i for i, s in enumerate(sequences) if s.params.record_pairs)
-        num_tokens = None if batch.min_stops is None else num_tokens_B
-        return Rows(batch, history, position_B, num_tokens, constraints, records, part)
-
-
-class PipoRunner:
+class PipoRunner(StepRunner):
     """Pairs in, pairs out."""
 
-    def __init__(self, model: PipoForCausalLM, prefix_cache_bytes: int = 0, draft_ids: DraftIds | None = None) -> None:
-        """`draft_ids`: what drafts are drawn from, where that is not the whole vocabulary.
+    def __init__(
+        self,
+        model: PipoForCausalLM,
+        prefix_cache_bytes: int = 0,
+        draft_ids: DraftIds | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        """`draft_ids`: what drafts are drawn from, where that is not the whole vocabulary. `capture`: see :class:`StepRunner`.
 
         Raises:
             ConfigError: they are another model's.
         """
-        self.model = model
-        self.cache = RowCache(model.config.text_config, model.device)
         vocab = None if draft_ids is None else DraftVocab(model, draft_ids, with_elsewhere=True)
-        self.sampling = RowSampling(model.config.vocab_size, model.device, vocab)
+        super().__init__(model.config.text_config, model.device, vocab, capture)
+        self.model = model
         self.prefixes = PrefixCache(prefix_cache_bytes, self.cache.has_states) if prefix_cache_bytes else None
 
     def measure_bytes(self) -> tuple[int, int]:
@@ -191,7 +245,7 @@ class PipoRunner:
         result = write_pair(self.model, prefilled.last_hidden_BH, rows, prefilled.run_mtp if prefill.drafts else None)
         first_row = self.cache.num_rows
         self.cache.adopt(prefilled.cache, prefilled.lengths)
-        self.sampling.invalidate()
+        self._rows_joined()
         steps = steps_of(fetch(result), sequences)
         snapshots = {} if prefill.keep_at is None or prefill.kept is None else {prefill.keep_at: prefill.kept}
         for row, (sequence, step) in enumerate(zip(sequences, steps, strict=True), first_row):
@@ -208,28 +262,28 @@ class PipoRunner:
         if self.prefixes is not None and wants_drafts(sequence):
             self.prefixes.store(pairs, next_token1, self.cache.extract(row, len(pairs)), snapshots)
 
-    def decode(self, sequences: Seq[Sequence]) -> list[StepTokens]:
-        """Read each row's last pair, write its next one."""
-        pad = self.model.config.pad_token_id
-        slots = [slots_from_pairs(s.pairs[-1:], pad) for s in sequences]
-        slots_B2 = to_device(torch.tensor(slots, dtype=torch.long), self.model.device)
-        hidden_BH, run_mtp = read_pairs(self.model, slots_B2, self.cache)
-        drafting = any(wants_drafts(s) for s in sequences)
-        result = write_pair(self.model, hidden_BH, self.sampling.rows(sequences), run_mtp if drafting else None)
-        self.cache.advance()
-        return steps_of(fetch(result), sequences)
+    def looks_ahead(self, sequences: Seq[Sequence]) -> bool:
+        """Not where linear-attention states are to be kept: a row that ended would be one step past what it has written."""
+        return super().looks_ahead(sequences) and not (self.cache.has_states and self.prefixes is not None)
 
-    def reset(self) -> None:
-        """Free all rows; nothing of them is kept."""
-        self.cache.clear()
-        self.sampling.invalidate()
+    def read_ids(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """Each row's last pair, as slots."""
+        return [slots_from_pairs(s.pairs[-1:], self.model.config.pad_token_id) for s in sequences]
+
+    def run(self, ids_BT: Tensor, rows: Rows, drafting: bool) -> PairResult:
+        """Read each row's last pair, write its next one."""
+        hidden_BH, run_mtp = read_pairs(self.model, ids_BT, self.cache)
+        return write_pair(self.model, hidden_BH, rows, run_mtp if drafting else None)
+
+    def next_ids(self, ids_BT: Tensor, result: PairResult) -> Tensor:
+        """The pair that was written."""
+        return slots_of_result(result, int(self.model.config.pad_token_id))
 
     def remove(self, row: int, sequence: Sequence) -> None:
         """Free a row; the prefix cache keeps what it held."""
         if sequence.pairs and sequence.finish_reason != "error":
             self._store(row, sequence, _pairs(sequence)[:-1], sequence.pairs[-1].token1, {})
-        self.cache.remove(row)
-        self.sampling.invalidate()
+        self._drop(row)
 
 
 def _pairs(sequence: Sequence) -> list[Pair]:

@@ -10,6 +10,7 @@ Shape legend: B rows, T new positions, S cached positions, N key-value heads, D 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-class _KeyValueRows(CacheLayerMixin):
+class KeyValueRows(CacheLayerMixin):
     """Keys and values `[rows, N, capacity, D]` of one attention layer."""
 
     def __init__(self, owner: RowCache) -> None:
@@ -77,7 +78,7 @@ class _KeyValueRows(CacheLayerMixin):
         # Under autocast keys may come in another dtype than values, and both in another than those of the prefill.
         self.keys[rows_B1, :, positions_BT] = key_states.transpose(1, 2).to(self.keys.dtype)
         self.values[rows_B1, :, positions_BT] = value_states.transpose(1, 2).to(self.values.dtype)
-        b, s = self.owner.num_rows, self.owner.span
+        b, s = len(rows_B1), self.owner.span
         return self.keys[:b, :, :s], self.values[:b, :, :s]
 
     def resize(self, rows: int, capacity: int) -> None:
@@ -131,7 +132,7 @@ class _KeyValueRows(CacheLayerMixin):
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
 
 
-class _StateRows(LinearAttentionLayer):
+class StateRows(LinearAttentionLayer):
     """Convolution and recurrent states `[rows, …]` of one linear-attention layer."""
 
     def __init__(self, owner: RowCache, number_of_states: int) -> None:
@@ -142,7 +143,7 @@ class _StateRows(LinearAttentionLayer):
     def begin(self) -> None:
         """Show the model the running rows, as views that it updates in place."""
         for (name, index), tensor in self._all.items():
-            getattr(self, name)[index] = tensor[: self.owner.num_rows]
+            getattr(self, name)[index] = tensor[: len(self.owner.rows_B1)]
 
     def resize(self, rows: int, capacity: int) -> None:
         """Move to new buffers of `rows` rows."""
@@ -228,11 +229,18 @@ class RowCache(Cache):
         self.rows_B1 = torch.zeros(0, 1, dtype=torch.long, device=device)
         self.positions_BT = torch.zeros(0, 1, dtype=torch.long, device=device)
         states = [getattr(layer, "number_of_states", 1) for layer in DynamicCache(config=config).layers]
-        layers: list[Any] = [
-            _StateRows(self, states[i]) if kind == "linear_attention" else _KeyValueRows(self)
-            for i, kind in enumerate(self.kinds)
-        ]
-        super().__init__(layers=[*layers, _KeyValueRows(self)])
+        self.limits: tuple[int, int] = (sys.maxsize, sys.maxsize)
+        """Rows and entries of a row that are never exceeded."""
+        layers = [self.new_layer(kind, count) for kind, count in zip(self.kinds, states, strict=True)]
+        super().__init__(layers=[*layers, self.new_layer("full_attention", 1)])
+
+    def new_layer(self, kind: str, number_of_states: int) -> Any:
+        """The cache of one layer of this kind."""
+        return StateRows(self, number_of_states) if kind == "linear_attention" else KeyValueRows(self)
+
+    def rounded(self, rows: int, length: int) -> tuple[int, int]:
+        """Rows and entries that are reserved at least where so many are asked for."""
+        return rows, length
 
     # --- rows
 
@@ -258,7 +266,10 @@ class RowCache(Cache):
         self.lengths.pop()
         self.num_rows = last
         if not last:
-            self.clear()
+            self._became_empty()
+
+    def _became_empty(self) -> None:
+        self.clear()
 
     def clear(self) -> None:
         """Drop all rows and give their memory back."""
@@ -291,11 +302,14 @@ class RowCache(Cache):
         self.span = longest
         start = torch.tensor(self.lengths, dtype=torch.long)
         self.positions_BT = to_device(start[:, None] + torch.arange(num_new), self.device)
-        self.rows_B1 = torch.arange(self.num_rows, device=self.device)[:, None]
-        for layer in self.layers:
-            if isinstance(layer, _StateRows):
-                layer.begin()
+        self._show_rows(self.num_rows)
         return self.positions_BT
+
+    def _show_rows(self, num_rows: int) -> None:
+        self.rows_B1 = torch.arange(num_rows, device=self.device)[:, None]
+        for layer in self.layers:
+            if isinstance(layer, StateRows):
+                layer.begin()
 
     def advance(self, num_new: Sequence[int] | int = 1) -> None:
         """Keep the step's entries: as many per row as given; what lies beyond is overwritten by the next step."""
@@ -317,9 +331,7 @@ class RowCache(Cache):
         if kind == "linear_attention":
             return None
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        num_new = self.positions_BT.shape[1]
-        same = min(self.lengths) + num_new == self.span
-        if num_new == 1 and same and (window is None or self.span <= window):
+        if self._sees_everything(window):
             return None
         entries_S = torch.arange(self.span, device=self.device)
         positions_BT1 = self.positions_BT[:, :, None]
@@ -331,12 +343,18 @@ class RowCache(Cache):
             return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return seen
 
+    def _sees_everything(self, window: int | None) -> bool:
+        """Whether every new position sees all entries."""
+        num_new = self.positions_BT.shape[1]
+        same = min(self.lengths) + num_new == self.span
+        return num_new == 1 and same and (window is None or self.span <= window)
+
     def extract(self, row: int, length: int) -> RowState:
         """A copy of a row's first `length` entries, and of the states it has reached."""
         entries: list[tuple[Tensor, Tensor] | None] = []
         states: States = []
         for layer in self.layers:
-            if isinstance(layer, _StateRows):
+            if isinstance(layer, StateRows):
                 entries.append(None)
                 states.append({key: tensor[row].clone() for key, tensor in layer.rows().items()})
             else:
@@ -347,12 +365,12 @@ class RowCache(Cache):
 
     def snapshot(self) -> list[Any]:
         """Copies of all linear-attention states, which can't be cropped as keys and values can."""
-        return [layer.snapshot() if isinstance(layer, _StateRows) else None for layer in self.layers]
+        return [layer.snapshot() if isinstance(layer, StateRows) else None for layer in self.layers]
 
     def restore(self, states: list[Any], rows_B: Tensor | None = None) -> None:
         """Write linear-attention states back, everywhere or where `rows_B` is True."""
         for layer, state in zip(self.layers, states, strict=True):
-            if isinstance(layer, _StateRows):
+            if isinstance(layer, StateRows):
                 layer.restore(state, rows_B)
 
     def num_bytes(self) -> int:

@@ -79,6 +79,8 @@ class Rows:
     """Rows that asked for their pair records: their draft is always drawn."""
     part: DraftPart | None = None
     """What drafts are drawn from; `None`: the whole vocabulary."""
+    captured: bool = False
+    """Whether the step is captured to be replayed: then nothing may depend on what the host sees of it."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -255,7 +257,7 @@ def _second_head(
 
     Looking at the gate would stall a GPU, so there the head is run for all rows.
     """
-    if mtp_hidden_BH.device.type != "cpu":
+    if rows.captured or mtp_hidden_BH.device.type != "cpu":
         return rows.draft_logits(model, mtp_hidden_BH), None
     wanted_B = committed_B.clone()
     wanted_B[list(rows.records)] = True
@@ -283,6 +285,12 @@ def read_pairs(model: PipoForCausalLM, slots_B2: Tensor, cache: RowCache) -> tup
     return hidden_B1H[:, 0], run_mtp
 
 
+def slots_of_result(result: PairResult, pad_token_id: int) -> Tensor:
+    """The slots `[B, 2]` of the pairs that a step wrote: what the next step reads."""
+    token2_B = result.draft_B.masked_fill(~result.committed_B, pad_token_id)
+    return torch.stack([result.token1_B, token2_B], dim=1)
+
+
 # --- to the host --------------------------------------------------------------------------------------
 
 
@@ -308,18 +316,28 @@ def fetch(result: PairResult) -> HostPairs:
 
     Token ids travel as float64, which holds them exactly.
     """
+    return unpack(pack(result).cpu(), result.logprobs1, result.logprobs2)
+
+
+def pack(result: PairResult) -> Tensor:
+    """A step's result as one table on the device, float64 `[columns, B]`, for :func:`unpack`."""
     columns = [result.token1_B, result.draft_B, result.committed_B, result.confidence_B, result.finite_B]
     for logprobs in (result.logprobs1, result.logprobs2):
         if logprobs is not None:
             columns += [logprobs.chosen_B, *logprobs.top_ids_BK.unbind(1), *logprobs.top_BK.unbind(1)]
             columns += [] if logprobs.drawn_B is None else [logprobs.drawn_B]
-    table = torch.stack([column.double() for column in columns]).cpu().tolist()
+    return torch.stack([column.double() for column in columns])
+
+
+def unpack(packed: Tensor, logprobs1: TokenLogprobs | None = None, logprobs2: TokenLogprobs | None = None) -> HostPairs:
+    """What :func:`pack` made of a result, on the host; the log-probabilities tell which columns there are."""
+    table = packed.tolist()
     num_rows, cursor = len(table[0]), 5
     confidence = [None if value != value else float(value) for value in table[3]]
     chosen: list[list[float | None]] = []
     drawn: list[list[float | None]] = []
     tops: list[list[list[tuple[int, float]]]] = []
-    for logprobs in (result.logprobs1, result.logprobs2):
+    for logprobs in (logprobs1, logprobs2):
         if logprobs is None:
             chosen.append([None] * num_rows)
             drawn.append([None] * num_rows)

@@ -209,6 +209,7 @@ class EngineRollouts:
                 self.model,
                 max_num_seqs=self.settings.max_num_seqs,
                 cache_budget_bytes=self.settings.cache_budget_bytes,
+                cuda_graphs=False,  # of an engine that lives for one batch, and beside a training step's memory
             )
             outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
             engine.engine.runner.reset()
