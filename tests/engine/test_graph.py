@@ -151,11 +151,12 @@ def test_a_preempted_request_goes_on_exactly(replaying: None, monkeypatch: pytes
     monkeypatch.setattr(static_cache, "SMALLEST_CAPACITY", 16)
     model = pipo_model("qwen3_5")
     asked = [
-        (prompt(*range(3, 40 + i)), params(max_tokens=60, temperature=1.0, seed=i, threshold=0.5)) for i in range(4)
+        (prompt(*range(3, 40 + i)), params(max_tokens=60, temperature=1.0, seed=i, threshold=(0.5, 1.01)[i % 2]))
+        for i in range(4)
     ]
     free = [LLM(model, cuda_graphs=False).generate(p, s)[0].token_ids for p, s in asked]
     budget = LLM(model, cuda_graphs=False).engine.budget
-    tight = LLM(model, cache_budget_bytes=2 * (budget.row_bytes + 60 * budget.position_bytes))
+    tight = LLM(model, cache_budget_bytes=2 * (budget.row_bytes + 64 * budget.position_bytes))
     left: list[int] = []
     leave = tight.engine._leave
     tight.engine._leave = lambda row: (left.append(row), leave(row))[1]  # type: ignore[method-assign, func-returns-value]
