@@ -126,6 +126,19 @@ def test_the_baselines_write_what_they_write_without(method: str, replaying: Non
     assert [visible(s.output()) for s in samples] == [visible(o) for outputs in plain for o in outputs]
 
 
+@pytest.mark.parametrize("method", ["pipo", "mtp"])
+def test_a_draft_vocabulary_changes_nothing_either(method: str, replaying: None) -> None:
+    model = pipo_model("qwen3", gate="draft") if method == "pipo" else base_model("qwen3")
+    settings: dict[str, Any] = {"method": method, "draft_vocab": 70}
+    asked = requests(5, 11)
+    plain = [o for p, s in asked for o in LLM(model, cuda_graphs=False, **settings).generate(p, s)]
+    llm = LLM(model, **settings)
+    with watched_replays(llm) as replays:
+        samples = run_staggered(llm, asked, 2, frozenset())
+    assert [s.token_ids for s in samples] == [o.token_ids for o in plain]
+    assert replays[0] > 5
+
+
 def test_rows_that_need_the_host_join_and_leave(replaying: None) -> None:
     """While such a row runs, all rows step without a graph; before and after, with one."""
     model = pipo_model("qwen3")
@@ -335,7 +348,7 @@ def test_a_replay_that_writes_something_else_is_refused(monkeypatch: pytest.Monk
     def broken(step: Step, undo: Step) -> Step:
         return lambda: None
 
-    monkeypatch.setattr(llm_module, "capture_for", lambda device, wanted: broken)
+    monkeypatch.setattr(llm_module, "capture_for", lambda device, wanted: None if wanted is False else broken)
     with pytest.raises(UnsupportedModelError, match="cuda_graphs=False"):
         LLM(model, cuda_graphs=True)
     with pytest.warns(UserWarning, match="something else when it is replayed"):
