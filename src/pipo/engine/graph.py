@@ -262,10 +262,14 @@ class _RowTensors:
 
 
 def _of_few_kinds(batch: SamplingBatch) -> SamplingBatch:
-    """The same sampling by work of fewer kinds, so of fewer graphs: more candidates than top-k needs, and a sort of all rows."""
+    """The same sampling by work of fewer kinds, so of fewer graphs: more candidates than top-k needs, nuclei looked for twice."""
     top_k = min(on_ladder(batch.max_top_k, 16), batch.vocab_size) if batch.max_top_k else 0
-    sort_all = None if batch.sorted_rows is None else torch.arange(batch.num_rows, device=batch.device)
-    return replace(batch, max_top_k=top_k, sorted_rows=sort_all)
+    rows = batch.nucleus_rows
+    if rows is not None and len(rows) < batch.num_rows:
+        size = min(on_ladder(len(rows), 1), batch.num_rows - 1)
+        rows = torch.cat([rows, rows[:1].expand(size - len(rows))])
+    # What is kept of the vocabulary on a CPU is looked at.
+    return replace(batch, max_top_k=top_k, max_kept=0, nucleus_rows=rows)
 
 
 def _tensors_of(batch: SamplingBatch) -> dict[str, Any]:
