@@ -137,6 +137,10 @@ class Results(Generic[R]):
         """The same run with these rows."""
         return replace(self, rows=tuple(rows))
 
+    def completed(self) -> Self:
+        """The same run, with all rows there."""
+        return replace(self, complete=True)
+
 
 def write_results(path: Path, results: Results[Any]) -> None:
     """Write a run's file whole, or leave the one that is there; of a run without a record, this process's."""

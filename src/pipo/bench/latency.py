@@ -179,7 +179,6 @@ def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
     finally:
         for sample in samples:
             engine.abort(sample.request_id)
-        engine.runner.reset()
     return Timing(first - start, (end - begin) / per_row, per_row / num_steps)
 
 

@@ -18,7 +18,7 @@ from pipo.bench.steering import check_rate, steer_gate, steer_verification
 from pipo.bench.weights import random_causal_lm, sharing_weights
 from pipo.engine.baselines import SpeculativeRunner
 from pipo.engine.llm import LLM
-from pipo.engine.loading import kind_of, load_model
+from pipo.engine.loading import check_method, kind_of, load_model
 from pipo.engine.request import SamplingParams
 from pipo.engine.sequence import Sequence as Sample
 from pipo.errors import ConfigError
@@ -159,7 +159,7 @@ def open_subjects(setting: Setting, max_num_seqs: int) -> list[Subject]:
 
 def _random_models(setting: Setting) -> list[tuple[str, AnyModel]]:
     assert setting.shape is not None
-    methods = setting.methods or ("regular", "pipo")
+    methods = methods_of(setting)
     dtype = as_dtype(setting.dtype or "bfloat16")
     assert dtype is not None
     causal_lm = random_causal_lm(shape_config(setting.shape), dtype, torch.device(setting.device), setting.seed)
@@ -177,25 +177,19 @@ def _random_models(setting: Setting) -> list[tuple[str, AnyModel]]:
 
 
 def _checkpoint_models(setting: Setting) -> list[tuple[str, AnyModel]]:
-    folders = [find_checkpoint(path) for path in setting.models]
-    kinds = [kind_of(folder) for folder in folders]
-    if len(set(kinds)) < len(kinds):
-        raise ConfigError(
-            f"of {', '.join(setting.models)} two are of one kind: name a regular one, a PIPO one, or both"
-        )
-    by_kind = dict(zip(kinds, folders, strict=True))
-    default = [method for method, kind in (("regular", "base"), ("pipo", "pipo")) if kind in by_kind]
-    methods = setting.methods or tuple(default)
+    folders = _folders(setting)
+    methods = methods_of(setting)
     loaded: dict[str, AnyModel] = {}
     found: list[tuple[str, AnyModel]] = []
     for method in methods:
-        kind = "pipo" if method == "pipo" else "base"
-        if kind not in by_kind:
+        kind = _kind_for(method)
+        if kind not in folders:
             raise ConfigError(
                 f"{method} needs a {'PIPO' if kind == 'pipo' else 'regular'} checkpoint, and none was named"
             )
-        if kind not in loaded or (method in DRAFTERS and getattr(loaded[kind], "mtp", None) is None):
-            loaded[kind] = load_model(by_kind[kind], method, setting.device, setting.dtype, None)
+        check_method(folders[kind], method)
+        if kind not in loaded:
+            loaded[kind] = load_model(folders[kind], method, setting.device, setting.dtype, None)
         found.append((method, sharing_weights(loaded[kind])))
     return found
 
@@ -218,6 +212,30 @@ def regular_checkpoint(setting: Setting, scratch: Path) -> Path:
     raise ConfigError(
         f"peers decode regularly, and {', '.join(setting.models)} is a PIPO checkpoint: name a regular one, too"
     )
+
+
+def methods_of(setting: Setting) -> tuple[str, ...]:
+    """The methods that were asked for, or else `regular` and `pipo`, as far as the checkpoints can decode so."""
+    if setting.methods is not None:
+        return setting.methods
+    folders = None if setting.shape is not None else _folders(setting)
+    return tuple(method for method in ("regular", "pipo") if folders is None or _kind_for(method) in folders)
+
+
+def _kind_for(method: str) -> str:
+    return "pipo" if method == "pipo" else "base"
+
+
+def _folders(setting: Setting) -> dict[str, Path]:
+    """The checkpoints' folders by their kinds."""
+    found: dict[str, Path] = {}
+    for path in setting.models:
+        folder = find_checkpoint(path)
+        if found.setdefault(kind_of(folder), folder) != folder:
+            raise ConfigError(
+                f"of {', '.join(setting.models)} two are of one kind: name a regular one, a PIPO one, or both"
+            )
+    return found
 
 
 def _open(setting: Setting, method: str, model: AnyModel, max_num_seqs: int) -> Subject:

@@ -5,19 +5,16 @@ Shape legend: B batch, T slots, N tokens of a text.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pipo.bench.meter import open_meter
 from pipo.errors import ConfigError
 from pipo.losses import DistilledObjective, PairObjective, SupervisedObjective
 from pipo.model.backbone import build_causal_lm, checkpoint_activations
@@ -34,8 +31,6 @@ from pipo.training.teacher import LocalTeacherModel
 Stage = Literal["sft", "opd"]
 Work = Literal["stage", "plain", "plain_half"]
 WORKS: tuple[Work, ...] = ("stage", "plain", "plain_half")
-MALLOC_MMAP_THRESHOLD = -3
-LARGE_BYTES = 65_536
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ def measure(bench: TrainBench, work: Work, num_steps: int, *, memory: bool) -> d
     if memory:  # what libraries load and keep on their first step is not the model's
         small = "tiny-hybrid" if "linear_num_value_heads" in SHAPES[bench.shape].fields else "tiny"
         Step(replace(bench, shape=small, teacher_shape=None, slots=8, batch=1), work).run()
-    meter = _meter(bench.device, memory)
+    meter = open_meter(bench.device, memory)
     step = Step(bench, work)
     step.settle()
     if not memory:
@@ -188,74 +183,6 @@ def measure(bench: TrainBench, work: Work, num_steps: int, *, memory: bool) -> d
         "resting_bytes": resting,
         "num_tokens": step.ids_BT.numel(),
     }
-
-
-# --- memory and time of this process -----------------------------------------------------------------------------------
-
-
-class CpuMeter:
-    """Resident memory beyond what the libraries took before there was a model, and processor time. Linux only."""
-
-    def __init__(self, exact: bool) -> None:
-        self.libc = ctypes.CDLL("libc.so.6")
-        if exact:
-            self.libc.mallopt(MALLOC_MMAP_THRESHOLD, LARGE_BYTES)
-        torch.ones(64, 64) @ torch.ones(64, 64)
-        self.base_bytes = 0
-        self.start()
-        self.base_bytes = self.used_bytes()
-
-    def start(self) -> None:
-        """Forget the peak so far."""
-        gc.collect()
-        self.libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def used_bytes(self) -> int:
-        """Now."""
-        return _status("VmRSS") - self.base_bytes
-
-    def peak_bytes(self) -> int:
-        """At most, since the start."""
-        return _status("VmHWM") - self.base_bytes
-
-    def seconds(self) -> float:
-        """Processor time by the number of threads: other work on this machine does not count."""
-        return time.process_time() / torch.get_num_threads()
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise ConfigError(f"this system does not say {field}: memory is measured on Linux, or on a GPU")
-
-
-class GpuMeter:
-    """What PyTorch's allocator gave out, and time by the clock."""
-
-    def start(self) -> None:
-        """Forget the peak so far."""
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-    def used_bytes(self) -> int:
-        """Now."""
-        return torch.cuda.memory_allocated()
-
-    def peak_bytes(self) -> int:
-        """At most, since the start."""
-        return torch.cuda.max_memory_allocated()
-
-    def seconds(self) -> float:
-        """The time at which the GPU has done what it was given."""
-        torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-def _meter(device: str, exact: bool) -> CpuMeter | GpuMeter:
-    return GpuMeter() if device == "cuda" else CpuMeter(exact)
 
 
 def main() -> None:

@@ -56,8 +56,8 @@ def latency(
     """
     from pipo.bench.grid import check_writable, grid_points, write_results
     from pipo.bench.latency import Effort, bench_latency
+    from pipo.bench.latency_page import write_latency_page
     from pipo.bench.peers import choose_peers
-    from pipo.bench.plots import write_latency_page
 
     points = grid_points(split_numbers("batch", batch), split_numbers("context", context))
     check_writable([json_file, report])
