@@ -23,7 +23,7 @@ def write_memory_page(path: Path, results: Results[MemoryRow]) -> None:
         charts.append(make_chart(f"Peak beyond the weights at batch {batch:,}", peak, "tokens of context", "MB"))
     page = Page(
         title=f"Memory of decoding {results.shape or ', '.join(results.models)}",
-        lead="Each point is a process of its own. Dashed: what the entries of the cache take by the model’s sizes; beside the peak, the cache.",
+        lead="Each point is a process of its own. Dashed: what the cache’s entries take by the model’s sizes; beside the peak, the cache.",
         charts=charts,
         columns=(
             "method",
