@@ -74,6 +74,8 @@ class Row:
     """Token ids that drafts are drawn from; `None`: all."""
     num_steps: int | None = None
     """Decoding steps of a round."""
+    middle: float | None = None
+    """Tokens that a row held amid those steps, on average: where the floor is computed."""
     tpot_rounds_s: tuple[float, ...] = ()
     """Of each round, in order; round for round, methods ran one right after the other."""
     ttft_rounds_s: tuple[float, ...] = ()

@@ -53,6 +53,8 @@ class Timing:
     ttft_s: float
     tpot_s: float
     tokens_per_step: float
+    middle: float = 0.0
+    """Tokens that a row held amid the timed steps, on average."""
 
 
 def bench_latency(
@@ -144,7 +146,7 @@ def _time(subject: Subject | PeerSubject, point: Point, num_steps: int) -> Timin
     if isinstance(subject, Subject):
         return time_batch(subject, point, num_steps)
     reply = subject.time_batch(point, num_steps)
-    return Timing(reply.first_s, reply.tpot_s, 1.0)
+    return Timing(reply.first_s, reply.tpot_s, 1.0, point.context + (1 + num_steps) / 2)
 
 
 def _warm(subject: Subject | PeerSubject, point: Point) -> Point:
@@ -179,7 +181,8 @@ def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
     finally:
         for sample in samples:
             engine.abort(sample.request_id)
-    return Timing(first - start, (end - begin) / per_row, per_row / num_steps)
+    middle = point.context + before / point.batch + per_row / 2
+    return Timing(first - start, (end - begin) / per_row, per_row / num_steps, middle)
 
 
 def _row(subject: Subject | PeerSubject, point: Point, effort: Effort, timings: list[Timing], error: str) -> Row:
@@ -197,6 +200,7 @@ def _row(subject: Subject | PeerSubject, point: Point, effort: Effort, timings: 
         commit=commit,
         draft_vocab=None if drafts is None else drafts.draft_vocab,
         num_steps=effort.num_steps,
+        middle=fmean(timing.middle for timing in timings),
     )
 
 
@@ -237,9 +241,7 @@ def with_floor(row: Row, sizes: ModelSizes, machine: Machine, bytes_per: float) 
 def _costs(sizes: ModelSizes, method: str, row: Row, bytes_per: float) -> tuple[StepCost, StepCost]:
     """Of the prefill, and of a step in the middle of what was timed."""
     commit = 1.0 if row.commit is None else min(1.0, max(0.0, row.commit))
-    per_step = 1.0 if row.commit is None else 1.0 + commit
-    middle = row.context + (SETTLE_STEPS + (row.num_steps or 0) / 2) * per_step
     more: dict[str, Any] = {"commit": commit, "draft_vocab": row.draft_vocab}
     more |= {"weight_bytes_per": bytes_per, "cache_bytes_per": bytes_per}
     prefill = prefill_cost(sizes, method, row.batch, row.context, **more)
-    return prefill, decode_cost(sizes, method, row.batch, middle, **more)
+    return prefill, decode_cost(sizes, method, row.batch, row.middle or row.context, **more)

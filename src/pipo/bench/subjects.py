@@ -45,7 +45,7 @@ class Setting:
             gate says of checkpoints. acceptance: share of speculative decoding's drafts that stand; by default the same.
         threshold: τ, in place of `commit`.
         draft_vocab: token ids that drafts are drawn from; by default all.
-        engine: further arguments of `LLM`.
+        engine: further arguments of `LLM`; kernels are `auto` unless it names some, as for a checkpoint.
 
     Raises:
         ConfigError: naming what can't be.
@@ -101,6 +101,7 @@ class Subject:
     threshold: float | None = None
     commit: float | None = None
     draft_vocab: int | None = None
+    """Token ids that drafts are drawn from; `None`: all."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -239,7 +240,7 @@ def _folders(setting: Setting) -> dict[str, Path]:
 
 
 def _open(setting: Setting, method: str, model: AnyModel, max_num_seqs: int) -> Subject:
-    more = dict(setting.engine)
+    more = {"kernels": "auto", **setting.engine}
     if setting.draft_vocab is not None and method in DRAFTERS:
         more["draft_vocab"] = setting.draft_vocab
     llm = LLM(model, method=method, max_num_seqs=max_num_seqs, seed=setting.seed, **more)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from pipo.cli.options import Command, Device, Dtype, option, takes
+from pipo.cli.options import Command, Device, Dtype, Kernels, option, takes
 from pipo.cli.terminal import console
 from pipo.errors import ConfigError
 
@@ -78,6 +78,32 @@ SETTING_OPTIONS = (
         show_default="the checkpoint's",
     ),
     option(
+        "draft_vocab",
+        int | None,
+        None,
+        PANEL,
+        help="Draw drafts from the first N token ids: a second head of so many rows.",
+        min=1,
+        metavar="N",
+        show_default="all; of checkpoints their own file, where they have one",
+    ),
+    option(
+        "kernels",
+        Kernels,
+        Kernels.AUTO,
+        PANEL,
+        help="What decodes on a CPU: native, kernels of our own; torch, PyTorch's. auto: native for bfloat16.",
+    ),
+    option(
+        "max_prefill_positions",
+        int | None,
+        None,
+        PANEL,
+        help="Most positions of prompts to read between two decoding steps.",
+        min=1,
+        show_default="512 on a CPU, else 8192",
+    ),
+    option(
         "threads", int | None, None, PANEL, help="Threads of the CPU.", min=1, show_default="as many as torch takes"
     ),
     option("seed", int, 0, PANEL, help="Of weights, prompts and commits."),
@@ -120,8 +146,9 @@ def make_setting(chosen: dict[str, Any]) -> Setting:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == Dtype.AUTO:
         dtype = "" if models else "bfloat16"
+    engine = {"kernels": str(values.pop("kernels")), "max_prefill_positions": values.pop("max_prefill_positions")}
     names = None if methods is None else tuple(split_names(methods))
-    return Setting(models=models, device=device, dtype=dtype or None, methods=names, **values)
+    return Setting(models=models, device=device, dtype=dtype or None, methods=names, engine=engine, **values)
 
 
 def split_names(text: str) -> list[str]:
