@@ -69,7 +69,7 @@ def test_nothing_else_is_drafted(gate: str) -> None:
 def test_alternatives_are_ids() -> None:
     """Breaks when places of the draft vocabulary, or the row for elsewhere, are given out as tokens."""
     model = pipo_model("qwen3")
-    ids = DraftIds(SOME, VOCAB, (0.05,) * 64)
+    ids = DraftIds(SOME, VOCAB, (0.05,) * 65)
     outputs = generate(
         model, ids, [SamplingParams(threshold=0, max_tokens=12, logprobs=5, ignore_eos=True, seed=1)] * 3
     )
@@ -86,7 +86,7 @@ def test_a_draw_that_falls_elsewhere_is_no_draft() -> None:
         model.mtp.norm.weight.zero_()
         model.mtp.norm.register_parameter("bias", None)
         model.mtp.norm.forward = lambda hidden: torch.ones_like(hidden)  # type: ignore[method-assign]
-    ids = DraftIds(SOME, VOCAB, (10.0,) * 64)
+    ids = DraftIds(SOME, VOCAB, (10.0,) * 65)
     params = [SamplingParams(temperature=0, threshold=0, max_tokens=8, ignore_eos=True, record_pairs=True)] * 3
     never = [SamplingParams(temperature=0, threshold=1.5, max_tokens=8, ignore_eos=True)] * 3
     for got, wanted in zip(generate(model, ids, params), generate(model, None, never), strict=True):
@@ -101,9 +101,9 @@ def test_elsewhere_is_drawn_as_often_as_it_is_likely() -> None:
     hidden_H = torch.randn(64, generator=torch.Generator().manual_seed(3))
     logits_V = model.sampling_logits(hidden_H[None])[0] * 0.2
     outside = sorted(set(EVERYTHING) - set(SOME))
-    row_H = hidden_H * logits_V[outside].logsumexp(0) / hidden_H.square().sum()
+    row_H = hidden_H * (logits_V[outside].logsumexp(0) - 1.5) / hidden_H.square().sum()
     model.lm_head.weight.mul_(0.2)
-    vocab = DraftVocab(model, DraftIds(SOME, VOCAB, tuple(row_H.tolist())), with_elsewhere=True)
+    vocab = DraftVocab(model, DraftIds(SOME, VOCAB, (*row_H.tolist(), 1.5)), with_elsewhere=True)
     params, seeds = [SamplingParams(threshold=0.0)] * num, range(num)
     batch = SamplingBatch.build(params, seeds, VOCAB, "cpu")
     part = DraftPart(vocab, SamplingBatch.build(params, seeds, vocab.num_places, "cpu", place_of=vocab.place_of))
@@ -127,7 +127,7 @@ def test_greedy_speculation_is_still_lossless(family: str) -> None:
         SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logit_bias=dict.fromkeys(range(9, 15), 20.0))
     ] * 3
     regular = generate(model, None, settings, "regular")
-    ids = DraftIds((3, 10, 11, 12, 40), VOCAB, (0.1,) * 64)
+    ids = DraftIds((3, 10, 11, 12, 40), VOCAB, (0.1,) * 65)
     found = generate(model, ids, settings, "speculative")
     assert [o.token_ids for o in found] == [o.token_ids for o in regular]
     assert sum(o.num_committed for o in found) > 0
@@ -157,7 +157,7 @@ def test_speculation_samples_from_the_base_model() -> None:
 
 def test_a_grammar_holds_elsewhere_too() -> None:
     """Breaks when masks of the whole vocabulary meet logits of a part."""
-    vocab = DraftVocab(pipo_model("qwen3"), DraftIds((2, 5, 9), VOCAB, (0.0,) * 64), with_elsewhere=True)
+    vocab = DraftVocab(pipo_model("qwen3"), DraftIds((2, 5, 9), VOCAB, (0.0,) * 65), with_elsewhere=True)
     allowed = torch.zeros(VOCAB, dtype=torch.bool)
     allowed[[5]] = True
     assert vocab.allowed(allowed).tolist() == [False, True, False, False]
@@ -183,7 +183,7 @@ def test_rows_follow_the_weights(vocab: Any) -> None:
 def test_the_checkpoint_file_is_used(tmp_path: Any) -> None:
     model = pipo_model("qwen3")
     model.save_pretrained(tmp_path)
-    ids = DraftIds(SOME, VOCAB, tuple([0.01] * 64), {"data": ["rows.jsonl"]})
+    ids = DraftIds(SOME, VOCAB, tuple([0.01] * 65), {"data": ["rows.jsonl"]})
     write_draft_ids(tmp_path / DRAFT_VOCAB, ids)
     assert read_draft_ids(tmp_path / DRAFT_VOCAB) == ids
     params = [SamplingParams(threshold=0, max_tokens=24, ignore_eos=True, seed=4, record_pairs=True)] * 3
@@ -212,7 +212,7 @@ def test_the_checkpoint_file_is_used(tmp_path: Any) -> None:
         ('{"ids": [1, 160], "vocab_size": 160}', "0 … 159"),
         ('{"ids": [1.5], "vocab_size": 160}', "list of token ids"),
         ('{"ids": [1, 2], "vocab_size": 151936}', "151936 ids, and this model has 160"),
-        ('{"ids": [1, 2], "vocab_size": 160, "elsewhere": [1, 2]}', "width 2"),
+        ('{"ids": [1, 2], "vocab_size": 160, "elsewhere": [1, 2]}', "width 1"),
         ('{"ids": [1, 2], "vocab_size": 160, "elsewhere": ["a"]}', "no draft vocabulary"),
         ('{"ids": [1, 2], "vocab_size": 160, "elsewhere": [NaN]}', "finite"),
     ],

@@ -42,7 +42,8 @@ class DraftIds:
     vocab_size: int
     """V of the model that they are for."""
     elsewhere: tuple[float, ...] | None = None
-    """A row for the head, `[H]`, whose logit is about that of all other ids together (log-sum-exp). Where it is drawn there is no draft."""
+    """A row for the head and an offset, `[H + 1]`: a logit that is about that of all other ids together (log-sum-exp). Where it is drawn
+    there is no draft."""
     about: dict[str, Any] = field(default_factory=dict, compare=False)
     """Where they come from, as plain JSON."""
 
@@ -131,9 +132,9 @@ class DraftVocab:
                 "with `pipo draft-vocab`"
             )
         elsewhere = chosen.elsewhere if with_elsewhere else None
-        if elsewhere is not None and len(elsewhere) != width:
+        if elsewhere is not None and len(elsewhere) != width + 1:
             raise ConfigError(
-                f"this draft vocabulary was fitted to a model of width {len(elsewhere)}, and this model's is {width}: make one for it "
+                f"this draft vocabulary was fitted to a model of width {len(elsewhere) - 1}, and this model's is {width}: make one for it "
                 "with `pipo draft-vocab`"
             )
         self.size = len(chosen.ids)
@@ -145,6 +146,7 @@ class DraftVocab:
         self.token_M = torch.cat([self.ids_N, self.ids_N.new_full((int(self.has_elsewhere),), NO_DRAFT)])
         """The token of each place; `NO_DRAFT` is elsewhere."""
         self._backbone, self._source = model.backbone, source
+        self._offset = 0.0 if elsewhere is None else elsewhere[-1]
         self._is_view = chosen.is_prefix and elsewhere is None
         self.head = self._build(source, elsewhere)
 
@@ -165,7 +167,7 @@ class DraftVocab:
             return head
         head = head.to_empty(device=weight.device).requires_grad_(False)
         if elsewhere is not None:
-            head.weight[self.size :] = torch.tensor(elsewhere, dtype=weight.dtype, device=weight.device)
+            head.weight[self.size :] = torch.tensor(elsewhere[:-1], dtype=weight.dtype, device=weight.device)
             if bias is not None:
                 head.bias[self.size :] = 0
         self._copy_rows(head)
@@ -184,7 +186,10 @@ class DraftVocab:
 
     def logits(self, hidden_BH: Tensor) -> Tensor:
         """`[B, H] → [B, M]`: logits to draw a place from, float32, as :meth:`pipo.model.drafter.Drafter.sampling_logits` makes them."""
-        return self._backbone.sampling_logits(self.head, hidden_BH)
+        logits_BM = self._backbone.sampling_logits(self.head, hidden_BH)
+        if self.has_elsewhere:
+            logits_BM[:, self.size] += self._offset
+        return logits_BM
 
     def allowed(self, allowed_V: Tensor) -> Tensor:
         """`[V] → [M]`: places that a grammar allows, given the ids that it does. Elsewhere: where it allows an id that has no place."""

@@ -27,7 +27,7 @@ MAX_SLOTS = 2048
 CHUNK = 256
 """Drafts whose logits are in memory at a time."""
 DECAY = 1e-4
-"""Of the row, per unit of its logit's variance."""
+"""Of the row, for each unit of its logit's variance."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ def look_outside(
 def fit_elsewhere(
     model: PipoForCausalLM, fit: Outside, held_out: Outside
 ) -> tuple[tuple[float, ...], ElsewhereFigures]:
-    """The row `[H]`, by logistic regression of the mass outside, and how well it does on `held_out`."""
+    """The row and its offset `[H + 1]`, by logistic regression of the mass outside, and how well it does on `held_out`."""
     scale = fit.hidden.square().mean().sqrt()
-    row_H = torch.zeros(fit.hidden.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([row_H], max_iter=300, line_search_fn="strong_wolfe")
+    row_H, offset = torch.zeros(fit.hidden.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([row_H, offset], max_iter=300, line_search_fn="strong_wolfe")
 
-    def odds(of: Outside, row: Tensor) -> Tensor:
-        return model.backbone.scale_logits(of.hidden @ row) - of.inside
+    def odds(of: Outside, row_H: Tensor) -> Tensor:
+        return model.backbone.scale_logits(of.hidden @ row_H) + offset - of.inside
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -117,8 +117,9 @@ def fit_elsewhere(
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    row_H = row_H.detach().to(model.dtype).float()  # as it is served
-    estimated = torch.sigmoid(odds(held_out, row_H))
+    with torch.no_grad():
+        served_H = row_H.to(model.dtype).float()
+        estimated = torch.sigmoid(odds(held_out, served_H))
     figures = ElsewhereFigures(
         len(fit.inside),
         len(held_out.inside),
@@ -126,4 +127,4 @@ def fit_elsewhere(
         estimated=float(estimated.mean()),
         error=float((estimated - held_out.mass).abs().mean()),
     )
-    return tuple(row_H.tolist()), figures
+    return (*served_H.tolist(), offset.item()), figures
