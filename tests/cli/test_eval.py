@@ -191,3 +191,14 @@ def test_a_checkpoints_own_threshold_is_the_usual_one(tmp_path):
     model.set_gate(threshold=0.7, confidence_scale=3.0)
     model.save_pretrained(tmp_path / "other")
     assert EngineSubject(str(tmp_path / "other")).describe() != subject.describe()
+
+
+def test_every_engine_option_is_taken() -> None:
+    """Breaks when a new option of the engine is unknown to what evaluates checkpoints: `pipo eval` would fail with a TypeError."""
+    import inspect
+
+    from pipo.cli.options import ENGINE_OPTIONS
+    from pipo.evaluation.subject import EngineSubject
+
+    taken = inspect.signature(EngineSubject).parameters
+    assert {option.name for option in ENGINE_OPTIONS} - {"method"} <= taken.keys()

@@ -62,7 +62,8 @@ class EngineSubject:
 
     Args:
         path: a checkpoint folder or a hub id. subfolder: of it.
-        device, dtype, max_num_seqs, max_model_len, cache_budget_bytes, draft_vocab, kernels: as `pipo.engine.llm.LLM` takes them.
+        device, dtype, max_num_seqs, max_model_len, max_prefill_positions, cache_budget_bytes, draft_vocab, kernels: as
+            `pipo.engine.llm.LLM` takes them.
 
     Raises:
         CheckpointError: there is no checkpoint, or no draft vocabulary where one was named.
@@ -77,6 +78,7 @@ class EngineSubject:
         dtype: str | None = None,
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
+        max_prefill_positions: int | None = None,
         cache_budget_bytes: int | None = None,
         draft_vocab: DraftVocabulary = "checkpoint",
         kernels: str | None = None,
@@ -92,6 +94,7 @@ class EngineSubject:
         self._limits: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
+            "max_prefill_positions": max_prefill_positions,
             "cache_budget_bytes": cache_budget_bytes,
         }
         # A number's ids depend on the model's vocabulary, which only the engine knows.
