@@ -76,6 +76,13 @@ class Kernels(StrEnum):
     TORCH = "torch"
 
 
+class QuantizedAs(StrEnum):
+    """Eight bits for the weights of backbone and MTP block: whole numbers, or floats on GPUs that have them."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
 def option(name: str, kind: Any, default: Any, panel: str, *args: str, **settings: Any) -> inspect.Parameter:
     """One option of a group, for :func:`takes`; `args` and `settings` as `typer.Option` takes them."""
     annotation = Annotated[kind, typer.Option(*args, rich_help_panel=panel, **settings)]
@@ -168,6 +175,13 @@ ENGINE_OPTIONS = (
         Kernels.AUTO,
         "What decodes on a CPU: native, kernels of our own that the system's C++ compiler makes on first use; torch, PyTorch's. "
         "auto: native for bfloat16.",
+    ),
+    _engine(
+        "quantization",
+        QuantizedAs | None,
+        None,
+        "Eight bits for the weights of backbone and MTP block, by torchao. int8 runs anywhere, fp8 on newer GPUs.",
+        show_default="as stored",
     ),
 )
 

@@ -99,6 +99,10 @@ def serve(
         drain_timeout_s=drain_timeout_s,
     )
     settings.validate()
+    if allow_weight_updates and engine["quantization"] is not None:
+        raise ConfigError(
+            "--allow-weight-updates replaces weights in place, and --quantization leaves none to replace: drop one"
+        )
     listener = listen(settings)
     with working(f"Loading {path}"):
         memory = {

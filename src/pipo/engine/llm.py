@@ -37,6 +37,7 @@ from pipo.engine.loading import (
     use_kernels,
 )
 from pipo.engine.prompts import default_prefill_positions
+from pipo.engine.quantization import Quantization, is_quantized
 from pipo.engine.request import RequestOutput, SamplingParams, StreamEvent
 from pipo.engine.runner import PipoRunner, Runner
 from pipo.engine.sequence import Sequence, StepText
@@ -78,6 +79,8 @@ class LLM:
             longer prompt is read in chunks, and others write on meanwhile. By default 512 on a CPU, else 8192.
         cuda_graphs: decode by captured CUDA graphs, one per batch size, with the host one step behind. By default on a GPU, where the
             model's step can be captured.
+        quantization: `int8` or `fp8`: weights of eight bits in the linear layers of backbone and MTP block. Only for a checkpoint that
+            is loaded, and its weights can't be replaced later.
 
     Raises:
         CheckpointError, ConfigError, KernelError, UnsupportedModelError
@@ -103,18 +106,19 @@ class LLM:
         kernels: str | None = None,
         max_prefill_positions: int | None = None,
         cuda_graphs: bool | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         if method not in ("pipo", *BASELINES):
             raise ConfigError(f"method must be one of pipo, {', '.join(BASELINES)}, got {method!r}")
         self.method = method
         if isinstance(model, nn.Module):
-            self.model = accept_model(model, method, device, dtype)
+            self.model = accept_model(model, method, device, dtype, quantization)
             self.tokenizer = tokenizer
             generation: dict[str, Any] = {}
             folder = None
         else:
             folder = find_checkpoint(model, subfolder)
-            self.model = load_model(folder, method, device, dtype, attn_implementation)
+            self.model = load_model(folder, method, device, dtype, attn_implementation, quantization)
             home = tokenizer_home(folder)
             self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(home)
             generation = generation_defaults(home)
@@ -236,8 +240,13 @@ class LLM:
             path: a folder: a whole checkpoint, or an adapter beside its base.
 
         Raises:
-            CheckpointError: it can't be read, or is of another model. RequestError: samples wait or run. Then nothing has changed.
+            CheckpointError: it can't be read, or is of another model; or these weights are quantised. RequestError: samples wait or run.
+                Then nothing has changed.
         """
+        if is_quantized(self.model):
+            raise CheckpointError(
+                "quantised weights can't be replaced in place: load the other checkpoint in a new LLM"
+            )
         folder = Path(path)
         if not folder.is_dir():
             raise CheckpointError(

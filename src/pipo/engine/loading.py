@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipo.engine.core import CacheBudget
+from pipo.engine.quantization import Quantization, check_quantization, quantize
 from pipo.engine.runner import Runner
 from pipo.errors import CheckpointError, ConfigError, KernelError
 from pipo.model.adapter import is_adapter, read_adapter, tokenizer_home
@@ -40,21 +41,31 @@ def generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 def load_model(
-    folder: Path, method: str, device: str | torch.device | None, dtype: Any, attention: str | None
+    folder: Path,
+    method: str,
+    device: str | torch.device | None,
+    dtype: Any,
+    attention: str | None,
+    quantization: Quantization | None = None,
 ) -> PipoForCausalLM | BaseForCausalLM:
     """The model of a checkpoint folder, on its device, for inference only.
 
     Raises:
-        CheckpointError: `method` does not run on this kind of checkpoint.
+        CheckpointError: `method` does not run on this kind of checkpoint. ConfigError: weights can't be quantised so here.
     """
     pipo = check_method(folder, method)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if quantization is not None:
+        check_quantization(quantization, device)
     model: PipoForCausalLM | BaseForCausalLM = (
         load_pipo(folder, dtype=dtype, attn_implementation=attention)
         if pipo
         else BaseForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     )
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.to(device)
     model.eval().requires_grad_(False)
+    if quantization is not None:
+        quantize(model, quantization)
     return model
 
 
@@ -152,12 +163,17 @@ def threshold_of(folder: Path) -> float:
 
 
 def describe_checkpoint(
-    folder: Path, device: str | None, dtype: str | None, draft_ids: DraftIds | None = None
+    folder: Path,
+    device: str | None,
+    dtype: str | None,
+    draft_ids: DraftIds | None = None,
+    quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """What decides the texts of a checkpoint beside how it is sampled, without loading it; plain JSON values.
 
     `weights` and `texts` are SHA-256: of the tensors (see `base_fingerprint`), and of what makes ids of texts and ends them. `gate` is
     without τ of requests that name none: how something is sampled names it. `draft_ids`: what drafts are drawn from.
+    `quantization`: of the weights.
     """
     config = {} if is_adapter(folder) else read_json(folder / "config.json")
     stored = [part.get(name) for part in (config, config.get("text_config") or {}) for name in ("dtype", "torch_dtype")]
@@ -177,17 +193,26 @@ def describe_checkpoint(
         "device": torch.device(device).type if device else "cuda" if torch.cuda.is_available() else "cpu",
         **({} if gate is None else {"gate": gate}),
         **({} if draft_ids is None else {"draft_vocab": draft_ids.digest}),
+        **({} if quantization is None else {"quantization": str(quantization)}),
     }
 
 
 def accept_model(
-    model: nn.Module, method: str, device: str | torch.device | None, dtype: Any
+    model: nn.Module,
+    method: str,
+    device: str | torch.device | None,
+    dtype: Any,
+    quantization: Quantization | None = None,
 ) -> PipoForCausalLM | BaseForCausalLM:
     """A model in memory as it is, its weights shared.
 
     Raises:
-        ConfigError: not one of ours, or not of the method, device or dtype asked for.
+        ConfigError: not one of ours, or not of the method, device or dtype asked for; or it should be quantised.
     """
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization!r} is for a checkpoint that is loaded: the weights of a model in memory are its owner's"
+        )
     if not isinstance(model, (PipoForCausalLM, BaseForCausalLM)):
         raise ConfigError(f"a model in memory must be a PipoForCausalLM or BaseForCausalLM, got {type(model).__name__}")
     if (method == "pipo") != isinstance(model, PipoForCausalLM):

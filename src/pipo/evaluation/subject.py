@@ -18,6 +18,7 @@ from pipo.evaluation.task import Sampling
 if TYPE_CHECKING:
     from pipo.engine.llm import LLM
     from pipo.engine.loading import DraftVocabulary
+    from pipo.engine.quantization import Quantization
     from pipo.engine.request import SamplingParams
 
 THINK = "<think>\n"
@@ -62,7 +63,7 @@ class EngineSubject:
 
     Args:
         path: a checkpoint folder or a hub id. subfolder: of it.
-        device, dtype, max_num_seqs, max_model_len, max_prefill_positions, cache_budget_bytes, draft_vocab, kernels: as
+        device, dtype, max_num_seqs, max_model_len, max_prefill_positions, cache_budget_bytes, draft_vocab, kernels, quantization: as
             `pipo.engine.llm.LLM` takes them.
 
     Raises:
@@ -82,6 +83,7 @@ class EngineSubject:
         cache_budget_bytes: int | None = None,
         draft_vocab: DraftVocabulary = "checkpoint",
         kernels: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         from pipo.engine.loading import choose_draft_ids, find_checkpoint, kind_of, threshold_of
 
@@ -90,7 +92,7 @@ class EngineSubject:
         self.kind = kind_of(self.folder)
         self.threshold = threshold_of(self.folder)
         self.concurrency = max_num_seqs
-        self._device, self._dtype, self._kernels = device, dtype, kernels
+        self._device, self._dtype, self._kernels, self._quantization = device, dtype, kernels, quantization
         self._limits: dict[str, Any] = {
             "max_num_seqs": max_num_seqs,
             "max_model_len": max_model_len,
@@ -107,7 +109,7 @@ class EngineSubject:
         """As `Subject.describe`; nothing is loaded for it."""
         from pipo.engine.loading import describe_checkpoint
 
-        about = describe_checkpoint(self.folder, self._device, self._dtype, self._draft_ids)
+        about = describe_checkpoint(self.folder, self._device, self._dtype, self._draft_ids, self._quantization)
         return {"generator": "engine", **about, "max_model_len": self._limits["max_model_len"]}
 
     def generator(self, condition: Condition, sampling: Sampling, *, record_pairs: bool) -> Generator:
@@ -133,7 +135,8 @@ class EngineSubject:
         with self._lock:
             before = self._engine
             if before is None:
-                wanted: dict[str, Any] = {"device": self._device, "dtype": self._dtype, "kernels": self._kernels}
+                wanted: dict[str, Any] = {"device": self._device, "dtype": self._dtype}
+                wanted |= {"kernels": self._kernels, "quantization": self._quantization}
                 self._engine = LLM(self.folder, method=method, **wanted, **self._limits)
             elif before.method != method:
                 before.wait_until_idle()
