@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
-.PHONY: demo test train-tiny bench-peers test-clients test-load test-sglang lint types docs clean
+.PHONY: demo test train-tiny bench-peers test-clients test-load test-sglang test-quant lint types docs clean
 
 demo: $(CORE)
 	$(BIN)/python -m pipo demo $(ARGS)
@@ -48,6 +48,12 @@ SGLANG_PIP := $(SGLANG)/bin/python -m pip install --disable-pip-version-check --
 
 test-sglang: $(SGLANG)/.installed-ours
 	$(SGLANG)/bin/python -m pytest -c tests/sglang/pytest.ini --rootdir tests/sglang tests/sglang $(ARGS)
+
+# Weights of eight bits. torchao lies apart from .venv: see pyproject.toml.
+QUANT := .venvs/quant
+
+test-quant: $(DEV) $(QUANT)/.installed-torchao
+	PYTHONPATH=$(QUANT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engine/test_quantization.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -94,6 +100,11 @@ $(DEV): $(CORE)
 	@echo "Compiling llama.cpp into .venvs/llamacpp (this takes some minutes)"
 	$(BIN)/python -m venv --clear .venvs/llamacpp
 	CMAKE_ARGS=-DLLAVA_BUILD=OFF .venvs/llamacpp/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+$(QUANT)/.installed-torchao: constraints.txt | $(BIN)/python
+	@rm -rf $(QUANT)
+	$(PIP) -c constraints.txt --no-deps --target $(QUANT) torchao
 	@touch $@
 
 $(SGLANG)/.installed: tests/sglang/requirements.txt constraints.txt | $(BIN)/python

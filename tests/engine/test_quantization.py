@@ -51,6 +51,20 @@ def test_it_generates_and_sees_about_the_same(int8):
     assert one.logprob == pytest.approx(other.logprob, abs=0.15)
 
 
+def test_our_own_kernels_keep_away_from_quantised_weights(int8):
+    """They read numbers at a weight's address, where a quantised one has none."""
+    assert int8.fusion is None or (not int8.fusion.layers and "plain linear" in int8.fusion.stock["layers.0"])
+    if int8.fusion is not None:
+        fused = {n for n, m in int8.model.named_modules() if "forward" in vars(m)}
+        assert fused <= {
+            "lm_head",
+            "compressor.mlp.0",
+            "compressor.mlp.2",
+            "confidence_head.fc1",
+            "confidence_head.fc2",
+        } | {"confidence_head.draft"}
+
+
 def test_its_weights_are_not_replaced(int8):
     """Copying over them would leave scales of other weights behind."""
     with pytest.raises(CheckpointError, match="quantised weights can't be replaced"):

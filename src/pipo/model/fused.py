@@ -80,7 +80,7 @@ def fuse(model: Drafter) -> Fusion:
         else:
             fusion.stock[name] = why
     for module in list(cast(nn.Module, model).modules()):
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
+        if _is_plain(module) and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
             _replace(module, _few_rows(module, module.forward), fusion)
             fusion.num_products += 1
     model.backbone.fusion = fusion
@@ -149,7 +149,7 @@ def _weights_of(layer: Any) -> LayerWeights | str:
     if inside not in (ATTENTION_PARTS, ATTENTION_PARTS | HEAD_NORMS) or inside_mlp != MLP_PARTS:
         return f"its attention has {', '.join(sorted(inside))}, its MLP {', '.join(sorted(inside_mlp))}"
     products = {n: getattr(attention, n) for n in ATTENTION_PARTS} | {n: getattr(mlp, n) for n in MLP_PARTS}
-    if others := [name for name, module in products.items() if type(module) is not nn.Linear]:
+    if others := [name for name, module in products.items() if not _is_plain(module)]:
         return f"{', '.join(others)} are no plain linear layers"
     if any(products[name].bias is not None for name in MLP_PARTS):
         return "its MLP has biases"
@@ -170,6 +170,11 @@ def _weights_of(layer: Any) -> LayerWeights | str:
         head_eps=_eps(norms["q_norm"]),
         scale=float(attention.scaling),
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer with numbers as its weight: a quantised weight is of another type, and has nothing at its address."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _eps(norm: Any) -> float:
