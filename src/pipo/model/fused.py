@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ def _weights_of(layer: Any) -> LayerWeights | str:
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer with numbers as its weight: a quantised weight is of another type, and has nothing at its address."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
