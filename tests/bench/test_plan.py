@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pipo.bench import machine as machines
 from pipo.bench.against import compare, median_error, read_latency
 from pipo.bench.cost import Machine, decode_cost
-from pipo.bench.deployment import MEASURED, Deployment, Efficiency, StepTime
+from pipo.bench.deployment import Deployment, Efficiency, StepTime
 from pipo.bench.gpus import GPUS, find_gpu, gpu_machine
 from pipo.bench.grid import Point, Results, Row, write_results
 from pipo.bench.latency import SETTLE_STEPS
@@ -170,6 +170,7 @@ def test_predictions_beside_measurements(measured, config):
     assert rows[0].tpot.error == pytest.approx(0)
     assert rows[1].tpot.error == pytest.approx(1 / 1.25 - 1)
     assert rows[1].ttft.error == pytest.approx(0)
+    assert rows[1].against_regular.error == pytest.approx(0.25)
     assert median_error([row.tpot for row in rows]) == pytest.approx(0.1)
     assert median_error([None]) is None
 
@@ -211,11 +212,11 @@ def test_the_command_as_json():
 
 
 def test_the_command_on_this_machine(monkeypatch):
-    """Measured limits, and the shares that go with them."""
+    """Measured limits, of the number format that products run in."""
     monkeypatch.setattr(machines, "measure_machine", lambda device, dtype: Machine(f"{device} {dtype}", 1e9, 1e9, 1e12))
     found = json.loads(run("--shape", "tiny", "--gpu", "this", "--context", "64", "--dtype", "int8", "--json").stdout)
     assert found["machine"]["name"].endswith("torch.bfloat16")
-    assert found["efficiency"] == asdict(MEASURED)
+    assert found["efficiency"] == asdict(Efficiency())
 
 
 def test_the_command_on_a_checkpoint(tmp_path):
@@ -229,10 +230,10 @@ def test_the_command_on_a_checkpoint(tmp_path):
 def test_the_command_against_measurements(measured):
     result = run("--against", str(measured), "--bandwidth-share", "1", "--compute-share", "1", "--overhead-ms", "0")
     assert result.exit_code == 0, result.output
-    assert all(word in result.stdout for word in ("here: 30 GB/s", "-20.0%", "of TPOT 10.0%"))
+    assert all(word in result.stdout for word in ("here: 30 GB/s", "-20.0%", "of TPOT 10.0%", "against regular 25.0%"))
     found = json.loads(run("--against", str(measured), "--json").stdout)
-    assert found["rows"][1]["tpot_error"] < 0
-    assert set(found["median_error"]) == {"ttft", "tpot"}
+    assert found["rows"][1]["tpot"]["error"] < 0
+    assert set(found["median_error"]) == {"ttft", "tpot", "against_regular"}
 
 
 @pytest.mark.parametrize(

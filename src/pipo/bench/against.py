@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from pipo.bench.cost import COST_METHODS, Machine
-from pipo.bench.deployment import MEASURED, Deployment, Efficiency
+from pipo.bench.deployment import Deployment, Efficiency
 from pipo.bench.grid import Results, Row, read_results
 from pipo.bench.latency import SETTLE_STEPS, best_of
 from pipo.errors import DataError
@@ -18,15 +19,19 @@ from pipo.errors import DataError
 
 @dataclass(frozen=True)
 class Figure:
-    """A predicted time beside the measured one, in seconds."""
+    """A predicted number beside the measured one: seconds, or a ratio."""
 
-    predicted_s: float
-    measured_s: float
+    predicted: float
+    measured: float
 
     @property
     def error(self) -> float:
         """Predicted over measured, less one."""
-        return self.predicted_s / self.measured_s - 1
+        return self.predicted / self.measured - 1
+
+    def as_row(self) -> dict[str, float]:
+        """As JSON."""
+        return {**asdict(self), "error": self.error}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Comparison:
     draft_vocab: int | None
     ttft: Figure | None
     tpot: Figure | None
+    against_regular: Figure | None = None
+    """Regular decoding's time per token over this one's at the same point: what is assumed of the machine cancels out of it, nearly."""
+
+    def as_row(self) -> dict[str, Any]:
+        """As JSON."""
+        return {name: value.as_row() if isinstance(value, Figure) else value for name, value in vars(self).items()}
 
 
 def read_latency(path: Path) -> Results[Row]:
@@ -60,7 +71,7 @@ def machine_of(results: Results[Row]) -> Machine:
     return first if results.machine_after is None else best_of(first, Machine(**results.machine_after))
 
 
-def compare(results: Results[Row], config: PreTrainedConfig, efficiency: Efficiency = MEASURED) -> list[Comparison]:
+def compare(results: Results[Row], config: PreTrainedConfig, efficiency: Efficiency | None = None) -> list[Comparison]:
     """Predict each measured row of a method that the cost model knows, on the machine as it was measured in the same run.
 
     Raises:
@@ -72,7 +83,15 @@ def compare(results: Results[Row], config: PreTrainedConfig, efficiency: Efficie
         raise DataError(
             f"these results hold no measured row of {', '.join(COST_METHODS)}, so there is nothing to compare"
         )
-    return [_comparison(deployment, row) for row in known]
+    rows = [_comparison(deployment, row) for row in known]
+    regular = {(row.batch, row.context): row.tpot for row in rows if row.method == "regular"}
+    return [replace(row, against_regular=_ratio(regular.get((row.batch, row.context)), row.tpot)) for row in rows]
+
+
+def _ratio(regular: Figure | None, own: Figure | None) -> Figure | None:
+    if regular is None or own is None:
+        return None
+    return Figure(regular.predicted / own.predicted, regular.measured / own.measured)
 
 
 def _comparison(deployment: Deployment, row: Row) -> Comparison:

@@ -39,7 +39,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What is reached of a machine's limits. The defaults are for published peaks of GPUs and steps in captured graphs."""
+    """What is reached of a machine's limits, published or measured. The defaults are guesses at what a good engine reaches."""
 
     bandwidth: float = 0.8
     """Share of the rate at which memory is read."""
@@ -63,10 +63,6 @@ class Efficiency:
         for name in ("overhead_s", "exchange_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} can't be negative, got {getattr(self, name)}")
-
-
-MEASURED = Efficiency(bandwidth=0.85, compute=0.8, overhead_s=0.001)
-"""For a machine whose limits were measured, which are nearer than published peaks."""
 
 
 @dataclass(frozen=True)

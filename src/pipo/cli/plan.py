@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,13 +74,9 @@ def plan(
     tpot_limit: Annotated[
         float | None, typer.Option(help="Find how many requests keep this time per token.", metavar="SECONDS")
     ] = None,
-    bandwidth_share: Annotated[
-        float | None, _assumed("Of the memory's rate, what is reached.", "0.8; of a measured rate 0.85")
-    ] = None,
-    compute_share: Annotated[
-        float | None, _assumed("Of the matrix rate, what is reached.", "0.6; of a measured rate 0.8")
-    ] = None,
-    overhead_ms: Annotated[float | None, _assumed("What a step takes besides.", "0.3; on a measured machine 1")] = None,
+    bandwidth_share: Annotated[float | None, _assumed("Of the memory's rate, what is reached.", "0.8")] = None,
+    compute_share: Annotated[float | None, _assumed("Of the matrix rate, what is reached.", "0.6")] = None,
+    overhead_ms: Annotated[float | None, _assumed("What a step takes besides.", "0.3")] = None,
     memory_share: Annotated[float | None, _assumed("Of the memory, what weights and cache may take.", "0.9")] = None,
     against: Annotated[
         Path | None,
@@ -118,7 +114,7 @@ def plan(
     limits = Limits(**given) if given else None
     with working("Planning"):
         name, config, compressor = _sizes(shape, model)
-        efficiency = _efficiency(assumed, measured=gpu.lower() == THIS)
+        efficiency = _efficiency(assumed)
         machine, link = _machine(gpu, str(dtype))
         from pipo.bench.deployment import Deployment
         from pipo.bench.plan import predict
@@ -194,11 +190,11 @@ def _machine(gpu: str, dtype: str) -> tuple[Machine, float]:
     return measure_machine("cuda" if torch.cuda.is_available() else "cpu", measured), 0.0
 
 
-def _efficiency(assumed: dict[str, float | None], *, measured: bool) -> Efficiency:
-    from pipo.bench.deployment import MEASURED, Efficiency
+def _efficiency(assumed: dict[str, float | None]) -> Efficiency:
+    from pipo.bench.deployment import Efficiency
 
     given: dict[str, Any] = {name: value for name, value in assumed.items() if value is not None}
-    return replace(MEASURED if measured else Efficiency(), **given)
+    return Efficiency(**given)
 
 
 def _refuse_beside_against(**options: str | None) -> None:
@@ -209,18 +205,17 @@ def _refuse_beside_against(**options: str | None) -> None:
 def _compare(path: Path, assumed: dict[str, float | None], as_json: bool) -> None:
     from pipo.bench.against import compare, median_error, read_latency
 
-    efficiency = _efficiency(assumed, measured=True)
+    efficiency = _efficiency(assumed)
     results = read_latency(path)
     with working("Predicting"):
         _, config, _ = _sizes(results.shape, _first(results.models) if results.shape is None else None)
         rows = compare(results, config, efficiency)
-    errors = {name: median_error([getattr(row, name) for row in rows]) for name in ("ttft", "tpot")}
+    names = ("ttft", "tpot", "against_regular")
+    # Regular decoding against itself is no prediction.
+    judged = {name: [row for row in rows if name != "against_regular" or row.method != "regular"] for name in names}
+    errors = {name: median_error([getattr(row, name) for row in judged[name]]) for name in names}
     if as_json:
-        figures = [
-            asdict(row) | {f"{name}_error": one and one.error for name, one in (("ttft", row.ttft), ("tpot", row.tpot))}
-            for row in rows
-        ]
-        print_json({"efficiency": asdict(efficiency), "median_error": errors, "rows": figures})
+        print_json({"efficiency": asdict(efficiency), "median_error": errors, "rows": [row.as_row() for row in rows]})
         return
     from pipo.cli.plan_table import print_comparison
 

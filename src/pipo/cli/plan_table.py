@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -64,22 +64,23 @@ def print_comparison(
     screen.print(f"{what} on {_machine(machine_of(results))}, measured in the same run")
     screen.print(f"{_assumptions(efficiency)}\n")
     columns = ["method", "batch", "context", "drafts from"]
-    columns += [column for time in ("TTFT", "TPOT") for column in (time, "measured", "error")]
+    columns += [column for time in ("TTFT", "TPOT", "against regular") for column in (time, "measured", "error")]
     table = Table(*columns, box=None)
     for row in rows:
         vocab = "" if row.draft_vocab is None else f"{row.draft_vocab:,}"
-        table.add_row(row.method, str(row.batch), f"{row.context:,}", vocab, *_figure(row.ttft), *_figure(row.tpot))
+        ratio = ("", "", "") if row.method == "regular" else _figure(row.against_regular, lambda ratio: f"{ratio:.2f}×")
+        table.add_row(
+            row.method, str(row.batch), f"{row.context:,}", vocab, *_figure(row.ttft), *_figure(row.tpot), *ratio
+        )
     screen.print(table)
-    known = [f"of {name.upper()} {error:.1%}" for name, error in errors.items() if error is not None]
+    names = {"ttft": "of TTFT", "tpot": "of TPOT", "against_regular": "of TPOT against regular"}
+    known = [f"{names[name]} {error:.1%}" for name, error in errors.items() if error is not None]
     screen.print(f"\nMedian error, whatever its sign: {', '.join(known)}")
 
 
-def _figure(figure: Figure | None) -> tuple[str, str, str]:
-    return (
-        ("", "", "")
-        if figure is None
-        else (_time(figure.predicted_s), _time(figure.measured_s), f"{figure.error:+.1%}")
-    )
+def _figure(figure: Figure | None, show: Callable[[float], str] | None = None) -> tuple[str, str, str]:
+    show = show or _time
+    return ("", "", "") if figure is None else (show(figure.predicted), show(figure.measured), f"{figure.error:+.1%}")
 
 
 def _machine(machine: Machine) -> str:
