@@ -89,9 +89,9 @@ class LayerWeights:
     eps2: float = 1e-6
     scale: float = 1.0
 
-    def pointers(self) -> tuple[int | None, ...]:
-        """Where the weights lie now: whoever moves or replaces them must be noticed."""
-        return tuple(None if tensor is None else tensor.data_ptr() for tensor in map(self.__dict__.get, _POINTERS))
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights that there are."""
+        return {name: tensor for name in _POINTERS if (tensor := getattr(self, name)) is not None}
 
 
 class DecoderLayer:
@@ -102,11 +102,13 @@ class DecoderLayer:
         _check(weights)
         self.weights = weights
         self.dtype = weights.q.dtype
-        self._pointers = weights.pointers()
+        self._tensors = list(weights.tensors().values())
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        places = {name: tensor.data_ptr() for name, tensor in weights.tensors().items()}
         inner, width = weights.gate.shape
         sizes = (width, inner, len(weights.q) // weights.head_dim, len(weights.k) // weights.head_dim, weights.head_dim)
         numbers = (weights.eps1, weights.head_eps, weights.eps2, weights.scale)
-        self._layer = _Layer(*self._pointers, *sizes, *numbers)
+        self._layer = _Layer(*(places.get(name) for name in _POINTERS), *sizes, *numbers)
         library = load_library()
         name = "pipo_layer_bf16" if self.dtype == torch.bfloat16 else "pipo_layer_f32"
         self._run: Any = getattr(library, name)
@@ -116,7 +118,7 @@ class DecoderLayer:
 
     def moved(self) -> bool:
         """Whether some weight no longer lies where it lay."""
-        return self.weights.pointers() != self._pointers
+        return [tensor.data_ptr() for tensor in self._tensors] != self._places
 
     def __call__(
         self, x_BTH: Tensor, cos: Tensor, sin: Tensor, positions_BT: Tensor, keys: Tensor, values: Tensor
@@ -197,7 +199,6 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _check(weights: LayerWeights) -> None:
-    tensors = {name: tensor for name in _POINTERS if (tensor := getattr(weights, name)) is not None}
     inner, width = weights.gate.shape
     wide, narrow, head = len(weights.q), len(weights.k), weights.head_dim
     shapes = {
@@ -205,7 +206,7 @@ def _check(weights: LayerWeights) -> None:
         "up": (inner, width), "down": (width, inner), "norm1": (width,), "norm2": (width,), "q_norm": (head,), "k_norm": (head,),
         "q_bias": (wide,), "k_bias": (narrow,), "v_bias": (narrow,), "o_bias": (width,),
     }  # fmt: skip
-    for name, tensor in tensors.items():
+    for name, tensor in weights.tensors().items():
         if tensor.dtype not in DTYPES or tensor.dtype != weights.q.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, and q is {weights.q.dtype}")
         if tensor.device.type != "cpu" or not tensor.is_contiguous():

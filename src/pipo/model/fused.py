@@ -186,20 +186,15 @@ class _FusedLayer:
 
     def __init__(self, layer: Any, kernel: DecoderLayer, index: int, stock: Callable[..., Any]) -> None:
         self._layer, self.kernel, self._index, self.stock = layer, kernel, index, stock
-        self._parts = self._now()
-
-    def _now(self) -> list[int]:
-        parts = [
-            *self._layer._modules.values(),
-            *self._layer.self_attn._modules.values(),
-            *self._layer.mlp._modules.values(),
-        ]
-        return [id(part) for part in parts]
+        attention, mlp = layer.self_attn, layer.mlp
+        # Where each module and weight is looked up, and what was found there.
+        self._held = [(holder, name, found) for holder in _holders(layer, attention, mlp) for name, found in holder.items()]
 
     def _unchanged(self) -> bool:
-        """Nobody has put another module in, or moved a weight, since."""
-        if self._parts != self._now() or self.kernel.weights.q is not self._layer.self_attn.q_proj.weight:
-            return False
+        """Nobody has put another module or weight in, or moved one, since."""
+        for holder, name, found in self._held:
+            if holder.get(name) is not found:
+                return False
         return not self.kernel.moved()
 
     def __call__(
@@ -234,6 +229,12 @@ class _FusedLayer:
             position_embeddings=position_embeddings,
             **kwargs,
         )
+
+
+def _holders(layer: Any, attention: Any, mlp: Any) -> list[dict[str, Any]]:
+    modules = [layer._modules, attention._modules, mlp._modules]
+    inside = [module for parts in modules for module in parts.values()]
+    return [*modules, *(module._parameters for module in inside if module._parameters)]
 
 
 def _difference(model: Drafter, run: _FusedLayer, index: int) -> float:

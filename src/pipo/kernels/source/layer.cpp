@@ -89,7 +89,7 @@ constexpr long kStretch = 1024;  // positions of a row and key head that one thr
 
 inline long own_floats(const Layer& l, long M, long Q) {
   const long narrowest = std::min(std::min(l.width, l.inner), l.heads * l.head_dim);
-  const long rows = std::max(4L, kChunkBytes / long(sizeof(bf16)) / narrowest);
+  const long rows = std::max(kLeastRows, chunk_bytes(M) / long(sizeof(bf16)) / narrowest);
   const long row = std::max(l.width, l.head_dim);  // of numbers of at most four bytes
   return std::max(2 * rows * M, std::max(row, Q * kBlock + Packed<float>::size(Q, l.head_dim + 16))) + 64;
 }
@@ -173,10 +173,10 @@ template <class T> void merge(const Layer& l, const Step& s, const Space<T>& w, 
 
 // silu(gate) * up of some rows of the weights.
 template <class T> void gated(const Layer& l, Team& team, const Space<T>& w, long M, float* own) {
-  const long K = l.width, size = chunk_rows(l.inner, 2 * K * sizeof(T), team.threads);
+  const long K = l.width, size = chunk_rows(l.inner, 2 * K * sizeof(T), M, team.threads);
   float* up = own + size * M;
-  for (long begin; (begin = team.next[4].fetch_add(size)) < l.inner;) {
-    const long end = std::min(l.inner, begin + size);
+  for (Share s; (s = take(team.next[4], l.inner, size, team.threads)).begin < l.inner;) {
+    const long begin = s.begin, end = s.end;
     some_rows((const T*)l.gate, begin, end, w.normed, own, size);
     some_rows((const T*)l.up, begin, end, w.normed, up, size);
     for (long m = 0; m < M; m++) {
@@ -260,7 +260,7 @@ void linear(const T* x, const T* w, const T* bias, Out* y, long M, long N, long 
   const Packed<T> packed{(T*)scratch, M, K};
   for (long m = 0; m < M; m++) packed.put(m, x + m * K);
   scratch += (Packed<T>::size(M, K) * sizeof(T) + 63) / 64 * 16;
-  const long own = chunk_rows(N, K * sizeof(T), threads) * M;
+  const long own = chunk_rows(N, K * sizeof(T), M, threads) * M;
 #pragma omp parallel num_threads(int(threads))
   {
 #ifdef _OPENMP
@@ -279,7 +279,7 @@ EXPORT int64_t pipo_layer_f32(const Layer* l, const Step* s) { return layer<floa
 
 // y [M, N] = x [M, K] wᵀ + bias, with so many bytes of scratch for numbers of `size` bytes.
 EXPORT int64_t pipo_linear_bytes(int64_t M, int64_t N, int64_t K, int64_t size, int64_t threads) {
-  return M * ((K + 64) * size + 4 * threads * chunk_rows(N, K * size, threads)) + 128;
+  return M * ((K + 64) * size + 4 * threads * chunk_rows(N, K * size, M, threads)) + 128;
 }
 EXPORT void pipo_linear_bf16(const bf16* x, const bf16* w, const bf16* b, bf16* y, int64_t M, int64_t N, int64_t K, int64_t threads,
                              float* scratch) {

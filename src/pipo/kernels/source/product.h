@@ -25,9 +25,12 @@ template <> struct Dot<bf16> {
 #endif
 
 constexpr long kGroup = 8;             // rows of inputs that are multiplied together
-constexpr long kAhead = 4096;          // bytes by which a single row of weights is fetched ahead of its use
 constexpr long kDepth = 1024;          // inputs that are multiplied before the next: a group's of them fit into the first cache
-constexpr long kChunkBytes = 1 << 18;  // weights that a thread takes on at a time: they fit into its second cache
+constexpr long kLeastRows = 8;         // of weights, that a thread takes on
+constexpr long kStreams = 4;           // places at which weights are read at once for a single row of inputs: memory likes that best
+
+// Weights that a thread takes on at most: long streams for a single row; for more rows, what its second cache holds.
+inline long chunk_bytes(long M) { return M == 1 ? 1 << 20 : 1 << 18; }
 
 // Packed rows: element k of row m. `K` of the rows is padded with zeros to whole steps.
 template <class T> struct Packed {
@@ -57,7 +60,8 @@ template <class T> struct Packed {
   }
 };
 
-// out[r * M + m] = w[r] . x[m], for R rows of w, `ldw` apart, and a packed group of M rows.
+// out[r * M + m] = w[r] . x[m], for R rows of w, `ldw` apart, and a packed group of M rows. Weights are fetched `ahead` bytes of
+// their use; 0: the processor sees by itself what comes.
 template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, const T* x, float* out, long ahead) {
   typedef Dot<T> D;
   constexpr int U = R * M == 1 ? 4 : R * M <= 3 ? 2 : 1;  // chains of sums: one would wait for itself
@@ -73,7 +77,7 @@ template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, 
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const T* row = w + r * ldw + at;
-        __builtin_prefetch((const char*)row + ahead, 0, 2);
+        if (ahead) __builtin_prefetch((const char*)row + ahead, 0, 2);
         ws[r] = D::load(row);
       }
 #pragma GCC unroll 8
@@ -99,14 +103,12 @@ template <class T, int R, int M> inline void dots(const T* w, long ldw, long K, 
   for (; i < R * M; i++) out[i] = sum16(acc[0][i]);
 }
 
-// Rows `begin` to `end` of the weights with one group: y[m * ldy + n - begin]. `ahead`: see `some_rows`.
+// Rows `begin` to `end` of the weights with one group: y[m * ldy + n - begin].
 template <class T, int R, int M>
 inline void group_rows(const T* w, long K, long begin, long end, const T* x, float* y, long ldy, long ahead) {
-  if (!ahead) ahead = R == 1 ? kAhead : R * K * long(sizeof(T));
   float out[R * M];
-  const long depth = M == 1 ? K : kDepth;  // one row is one stream, which memory likes best
-  for (long k = 0; k < K; k += depth) {
-    const long count = std::min(depth, K - k);
+  for (long k = 0; k < K; k += kDepth) {
+    const long count = std::min(kDepth, K - k);
     const auto add = [&](long n, int rows) {
       for (int m = 0; m < M; m++)
         for (int r = 0; r < rows; r++) {
@@ -120,44 +122,69 @@ inline void group_rows(const T* w, long K, long begin, long end, const T* x, flo
   }
 }
 
-// Bytes are fetched `ahead` of their use; 0: as suits weights, of which a single row is best read as one stream.
+// The same for a single row of inputs.
+template <class T> inline void streams(const T* w, long K, long begin, long end, const T* x, float* y) {
+  const long each = (end - begin) / kStreams;
+  float out[kStreams];
+  for (long i = 0; i < each; i++) {
+    dots<T, kStreams, 1>(w + (begin + i) * K, each * K, K, x, out, 0);
+    for (long r = 0; r < kStreams; r++) y[r * each + i] = out[r];
+  }
+  for (long i = kStreams * each; i < end - begin; i++) dots<T, 1, 1>(w + (begin + i) * K, K, K, x, y + i, 0);
+}
+
+// Rows of weights with any number of inputs. `ahead`: as `dots` takes it; 0: as suits weights.
 template <class T>
 inline void some_rows(const T* w, long begin, long end, const Packed<T>& x, float* y, long ldy, long ahead = 0) {
   for (long g = 0; g * kGroup < x.M; g++) {
     const T* group = x.group(g);
     float* to = y + g * kGroup * ldy;
+    const auto next = [&](long rows) { return ahead ? ahead : rows * x.K * long(sizeof(T)); };
     switch (x.width(g)) {  // so many rows of weights at a time that about 16 sums are kept
       case 1:
         if (ahead)
           group_rows<T, 16, 1>(w, x.K, begin, end, group, to, ldy, ahead);
         else
-          group_rows<T, 1, 1>(w, x.K, begin, end, group, to, ldy, ahead);
+          streams(w, x.K, begin, end, group, to);
         break;
-      case 2: group_rows<T, 8, 2>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      case 3: group_rows<T, 4, 3>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      case 4: group_rows<T, 4, 4>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      case 5: group_rows<T, 2, 5>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      case 6: group_rows<T, 2, 6>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      case 7: group_rows<T, 2, 7>(w, x.K, begin, end, group, to, ldy, ahead); break;
-      default: group_rows<T, 2, 8>(w, x.K, begin, end, group, to, ldy, ahead);
+      case 2: group_rows<T, 8, 2>(w, x.K, begin, end, group, to, ldy, next(8)); break;
+      case 3: group_rows<T, 4, 3>(w, x.K, begin, end, group, to, ldy, next(4)); break;
+      case 4: group_rows<T, 4, 4>(w, x.K, begin, end, group, to, ldy, next(4)); break;
+      case 5: group_rows<T, 2, 5>(w, x.K, begin, end, group, to, ldy, next(2)); break;
+      case 6: group_rows<T, 2, 6>(w, x.K, begin, end, group, to, ldy, next(2)); break;
+      case 7: group_rows<T, 2, 7>(w, x.K, begin, end, group, to, ldy, next(2)); break;
+      default: group_rows<T, 2, 8>(w, x.K, begin, end, group, to, ldy, next(2));
     }
   }
 }
 
-inline long chunk_rows(long N, long row_bytes, long threads) {
-  const long rows = std::min(kChunkBytes / std::max(row_bytes, 1L), N / (4 * threads));
-  return std::max(4L, rows / 4 * 4);
+// Rows of weights that a thread takes on at most.
+inline long chunk_rows(long N, long row_bytes, long M, long threads) {
+  const long rows = std::min(chunk_bytes(M) / std::max(row_bytes, 1L), N / (4 * threads));
+  return std::max(kLeastRows, rows / kLeastRows * kLeastRows);
+}
+
+// The next rows of N that nobody has taken, at most `most`; fewer towards the end, so that all threads end together.
+struct Share {
+  long begin, end;
+};
+inline Share take(std::atomic<long>& next, long N, long most, long threads) {
+  long begin = next.load(std::memory_order_relaxed), size = 0;
+  do {
+    const long part = (N - begin) / (2 * threads) / kLeastRows * kLeastRows;
+    size = std::min(most, std::max(kLeastRows, part));
+  } while (begin < N && !next.compare_exchange_weak(begin, begin + size));
+  return {begin, std::min(N, begin + size)};
 }
 
 // y = x wᵀ + bias by whichever threads call this with the same counter; `put(n, m, value)` takes each output.
 template <class T, class Put>
 inline void product(std::atomic<long>& next, long threads, const T* w, const T* bias, long N, const Packed<T>& x, float* scratch,
                     Put put) {
-  const long size = chunk_rows(N, x.K * sizeof(T), threads);
-  for (long begin; (begin = next.fetch_add(size)) < N;) {
-    const long end = std::min(N, begin + size);
-    some_rows(w, begin, end, x, scratch, size);
+  const long most = chunk_rows(N, x.K * sizeof(T), x.M, threads);
+  for (Share s; (s = take(next, N, most, threads)).begin < N;) {
+    some_rows(w, s.begin, s.end, x, scratch, most);
     for (long m = 0; m < x.M; m++)
-      for (long n = begin; n < end; n++) put(n, m, scratch[m * size + n - begin] + (bias ? widen(bias[n]) : 0.0f));
+      for (long n = s.begin; n < s.end; n++) put(n, m, scratch[m * most + n - s.begin] + (bias ? widen(bias[n]) : 0.0f));
   }
 }
