@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +35,13 @@ def decode(llm: LLM, temperature: float = 0.0, n: int = 40) -> list[list[int]]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each call of a fused layer."""
     seen: list[int] = []
-    run = cpu.DecoderLayer.__call__
+    run = cpu.LayerStack.__call__
 
-    def counted(self: cpu.DecoderLayer, x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    def counted(self: cpu.LayerStack, x: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(len(x))
         return run(self, x, *args)
 
-    monkeypatch.setattr(cpu.DecoderLayer, "__call__", counted)
+    monkeypatch.setattr(cpu.LayerStack, "__call__", counted)
     return seen
 
 
@@ -50,6 +51,7 @@ def test_layers_of_the_common_design_take_part(family: str, calls: list[int]) ->
     plain = decode(LLM(model))
     llm = LLM(model, kernels="native")
     assert llm.fusion is not None
+    assert llm.fusion.stack is not None
     assert llm.fusion.layers == [*(f"layers.{i}" for i in range(4)), "mtp.layers.0"]
     calls.clear()
     assert decode(llm) == plain

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,20 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ["x", "cos", "sin", "out", "keys", "values", "positions"]]
+        [(name, ctypes.c_void_p) for name in ["x", "cos", "sin", "keys", "values", "positions", "layers", "norm"]]
+        + [("eps", ctypes.c_double)]
         + [
             (name, ctypes.c_int64)
-            for name in ["batch", "new_positions", "rotary", "angles_stride", "row_stride", "head_stride", "threads"]
+            for name in [
+                "num_layers",
+                "batch",
+                "new_positions",
+                "rotary",
+                "angles_stride",
+                "row_stride",
+                "head_stride",
+                "threads",
+            ]
         ]
         + [("scratch", ctypes.c_void_p), ("scratch_floats", ctypes.c_int64)]
     )
@@ -109,12 +120,7 @@ class DecoderLayer:
         sizes = (width, inner, len(weights.q) // weights.head_dim, len(weights.k) // weights.head_dim, weights.head_dim)
         numbers = (weights.eps1, weights.head_eps, weights.eps2, weights.scale)
         self._layer = _Layer(*(places.get(name) for name in _POINTERS), *sizes, *numbers)
-        library = load_library()
-        name = "pipo_layer_bf16" if self.dtype == torch.bfloat16 else "pipo_layer_f32"
-        self._run: Any = getattr(library, name)
-        self._run.restype = ctypes.c_int64
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        self._layer_address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
 
     def moved(self) -> bool:
         """Whether some weight no longer lies where it lay."""
@@ -123,32 +129,62 @@ class DecoderLayer:
     def __call__(
         self, x_BTH: Tensor, cos: Tensor, sin: Tensor, positions_BT: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """The layer's output `[B, T, H]`; keys and values of the new positions are written to the cache.
+        """This layer alone: see :meth:`LayerStack.__call__`."""
+        return LayerStack([self])(x_BTH, cos, sin, positions_BT, [keys], [values])
+
+
+class LayerStack:
+    """Layers that run one after the other, in one call, and the norm of the last one's output where there is one.
+
+    Args:
+        norm: `[H]`, the weight of an RMS norm; eps: its epsilon.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: Tensor | None = None, eps: float = 0.0) -> None:
+        self.layers = list(layers)
+        self.norm, self.eps = norm, eps
+        self.dtype = self.layers[0].dtype
+        self._addresses = (ctypes.c_void_p * len(self.layers))(*(layer.address for layer in self.layers))
+        name = "pipo_layers_bf16" if self.dtype == torch.bfloat16 else "pipo_layers_f32"
+        self._run: Any = getattr(load_library(), name)
+        self._run.restype = ctypes.c_int64
+        self._run.argtypes = [ctypes.c_void_p]
+
+    def __call__(
+        self,
+        x_BTH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions_BT: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        """The output `[B, T, H]`; keys and values of the new positions are written to the cache.
 
         Args:
             cos, sin: `[1 or B, T, R]`, of the first R features of a head.
             positions_BT: int64; position `p` sees the entries `0 … p` of its row.
-            keys, values: `[at least B, heads, S, D]`.
+            keys, values: of each layer `[at least B, heads, S, D]`, of equal strides.
         """
         batch, new, _ = x_BTH.shape
-        x_BTH, cos, sin = x_BTH.contiguous(), cos.contiguous(), sin.contiguous()
+        out_BTH, cos, sin = x_BTH.clone(memory_format=torch.contiguous_format), cos.contiguous(), sin.contiguous()
         positions_BT = positions_BT.contiguous()
-        out = torch.empty_like(x_BTH)
+        kind = ctypes.c_void_p * len(self.layers)
+        places = [kind(*(tensor.data_ptr() for tensor in tensors)) for tensors in (keys, values)]
         rotary = cos.shape[-1]
-        angles_stride = 0 if cos.shape[0] == 1 else new * rotary
         step = _Step(
-            x_BTH.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            positions_BT.data_ptr(), batch, new, rotary, angles_stride, keys.stride(0), keys.stride(1),
+            out_BTH.data_ptr(), cos.data_ptr(), sin.data_ptr(), *map(ctypes.addressof, places), positions_BT.data_ptr(),
+            ctypes.addressof(self._addresses), None if self.norm is None else self.norm.data_ptr(), self.eps,
+            len(self.layers), batch, new, rotary, 0 if cos.shape[0] == 1 else new * rotary, *keys[0].stride()[:2],
             torch.get_num_threads(), _scratch.pointer, _scratch.floats,
         )  # fmt: skip
-        address = ctypes.addressof(step)
-        needed = self._run(self._layer_address, address)
+        needed = self._run(ctypes.addressof(step))
         if needed:
             _scratch.grow(needed)
             step.scratch, step.scratch_floats = _scratch.pointer, _scratch.floats
-            missing = self._run(self._layer_address, address)
+            missing = self._run(ctypes.addressof(step))
             assert not missing
-        return out
+        return out_BTH
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -173,6 +209,13 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out_dtype
         ctypes.c_void_p(_scratch.pointer),
     )  # fmt: skip
     return out.view(*x.shape[:-1], n)
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """`[…, H]`: the norm that the layers use, by PyTorch: what a family's own is compared with."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_H * normed.to(x.dtype)
 
 
 class _Scratch(threading.local):

@@ -162,6 +162,10 @@ class Backbone:
         cache: Cache | None = None,
     ) -> tuple[Tensor, LayerCall]:
         """The decoder's output after its final norm, `[B, L, H]`, and how it called its template layer."""
+        if self.fusion is not None and self.fusion.stack is not None:
+            step = self.fusion.stack.run(inputs_BLH, position_ids_BL, attention_mask, cache)
+            if step is not None:
+                return step  # type: ignore[no-any-return]
         with _recording() as calls:
             out = self.decoder(
                 inputs_embeds=inputs_BLH,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pipo.kernels.build import load_library
-from pipo.kernels.cpu import FEW_ROWS, LAYER_ROWS, DecoderLayer, LayerWeights, linear
+from pipo.kernels.cpu import FEW_ROWS, LAYER_ROWS, DecoderLayer, LayerStack, LayerWeights, linear, rms_norm
+from pipo.model.backbone import LayerCall
 from pipo.model.cache import RowCache, layer_kinds
 from pipo.model.drafter import Drafter
 from pipo.model.row_state import prefill_cache
@@ -41,6 +42,8 @@ class Fusion:
     layers: list[str] = field(default_factory=list)
     stock: dict[str, str] = field(default_factory=dict)
     num_products: int = 0
+    stack: FusedStack | None = None
+    """All layers of the decoder and its norm, where they are run in one call."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def logits(self, head: nn.Linear, hidden_BH: Tensor) -> Tensor | None:
@@ -79,6 +82,7 @@ def fuse(model: Drafter) -> Fusion:
             fusion.layers.append(name)
         else:
             fusion.stock[name] = why
+    fusion.stack = _fuse_stack(model)
     for module in list(cast(nn.Module, model).modules()):
         if _is_plain(module) and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
             _replace(module, _few_rows(module, module.forward), fusion)
@@ -185,17 +189,28 @@ class _FusedLayer:
     """A decoder layer's forward: ours for a step of few rows, the stock one for everything else."""
 
     def __init__(self, layer: Any, kernel: DecoderLayer, index: int, stock: Callable[..., Any]) -> None:
-        self._layer, self.kernel, self._index, self.stock = layer, kernel, index, stock
-        attention, mlp = layer.self_attn, layer.mlp
+        self.kernel, self.stock = kernel, stock
+        self._index = index
+        self._stack = LayerStack([kernel])
         # Where each module and weight is looked up, and what was found there.
-        self._held = [(holder, name, found) for holder in _holders(layer, attention, mlp) for name, found in holder.items()]
+        self._held = [(holder, name, found) for holder in _holders(layer) for name, found in holder.items()]
+        self._looked = False
 
-    def _unchanged(self) -> bool:
-        """Nobody has put another module or weight in, or moved one, since."""
-        for holder, name, found in self._held:
-            if holder.get(name) is not found:
-                return False
-        return not self.kernel.moved()
+    def unchanged(self) -> bool:
+        """Nobody has put another module or weight in, or moved one, since. Looked at after every prefill: the first step tells."""
+        if not self._looked:
+            replaced = any(holder.get(name) is not found for holder, name, found in self._held)
+            self._looked = not replaced and not self.kernel.moved()
+        return self._looked
+
+    def look_again(self) -> None:
+        """Other work was done since."""
+        self._looked = False
+
+    def entries(self, cache: RowCache) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of this layer, where they are there and of its dtype."""
+        held: Any = cache.layers[self._index]
+        return None if held.keys is None or held.keys.dtype != self.kernel.dtype else (held.keys, held.values)
 
     def __call__(
         self,
@@ -207,19 +222,13 @@ class _FusedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if (
-            isinstance(past_key_values, RowCache)
-            and position_embeddings is not None
-            and hidden_states.dtype == self.kernel.dtype == position_embeddings[0].dtype
-            and hidden_states.shape[0] * hidden_states.shape[1] <= LAYER_ROWS
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and self._unchanged()
-        ):
-            entries = past_key_values.layers[self._index]
-            if entries.keys is not None and entries.keys.dtype == self.kernel.dtype:
-                cos, sin = position_embeddings
-                return self.kernel(hidden_states, cos, sin, past_key_values.positions_BT, entries.keys, entries.values)
+        if position_embeddings is not None and _is_step(hidden_states, past_key_values, self.kernel.dtype):
+            entries = self.entries(past_key_values)
+            cos, sin = position_embeddings
+            if entries is not None and cos.dtype == self.kernel.dtype and self.unchanged():
+                keys, values = entries
+                return self._stack(hidden_states, cos, sin, past_key_values.positions_BT, [keys], [values])
+        self.look_again()
         return self.stock(
             hidden_states,
             attention_mask=attention_mask,
@@ -231,8 +240,88 @@ class _FusedLayer:
         )
 
 
-def _holders(layer: Any, attention: Any, mlp: Any) -> list[dict[str, Any]]:
-    modules = [layer._modules, attention._modules, mlp._modules]
+def _is_step(hidden_BTH: Tensor, cache: Any, dtype: torch.dtype) -> bool:
+    """Whether this is a decoding step of few enough rows, and nothing is trained."""
+    return (
+        isinstance(cache, RowCache)
+        and hidden_BTH.dtype == dtype
+        and hidden_BTH.shape[0] * hidden_BTH.shape[1] <= LAYER_ROWS
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class FusedStack:
+    """A decoder that does nothing but run its layers, all of them fused, one after the other: in one call, with the final norm."""
+
+    def __init__(self, model: Drafter) -> None:
+        self._backbone = model.backbone
+        decoder = model.backbone.decoder
+        self._layers: list[_FusedLayer] = [layer.forward for layer in decoder.layers]
+        self._norm = decoder.norm.weight
+        self._stack = LayerStack([layer.kernel for layer in self._layers], self._norm, _eps(decoder.norm))
+
+    def run(
+        self, inputs_BTH: Tensor, position_ids_BT: Tensor | None, mask: Any, cache: Any
+    ) -> tuple[Tensor, LayerCall] | None:
+        """As :meth:`pipo.model.backbone.Backbone.run`; None where it is not a step that this can do."""
+        if position_ids_BT is None or not _is_step(inputs_BTH, cache, self._stack.dtype):
+            return None
+        entries = [layer.entries(cache) for layer in self._layers]
+        decoder = self._backbone.decoder
+        if decoder.norm.weight is not self._norm or not all(layer.unchanged() for layer in self._layers):
+            return None
+        angles = decoder.rotary_emb(inputs_BTH, position_ids_BT)
+        if None in entries or angles[0].dtype != self._stack.dtype:
+            return None
+        keys, values = zip(*cast(list[tuple[Tensor, Tensor]], entries), strict=True)
+        cos, sin = angles
+        hidden_BTH = self._stack(inputs_BTH, cos, sin, cache.positions_BT, keys, values)
+        call: LayerCall = {
+            "attention_mask": mask["full_attention"] if isinstance(mask, dict) else mask,
+            "position_ids": position_ids_BT,
+            "past_key_values": cache,
+            "use_cache": True,
+            "position_embeddings": angles,
+        }
+        return hidden_BTH, call
+
+
+def _fuse_stack(model: Drafter) -> FusedStack | None:
+    """All of a decoder's layers in one call, if they are all that it does."""
+    decoder: Any = model.backbone.decoder
+    if not all(isinstance(layer.forward, _FusedLayer) for layer in decoder.layers) or not hasattr(
+        decoder, "rotary_emb"
+    ):
+        return None
+    width, dtype = model.backbone.hidden_size, decoder.layers[0].forward.kernel.dtype
+    x_1TH = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen: list[tuple[Tensor, Any, Tensor]] = []
+
+    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        seen.append((given, kwargs.get("position_embeddings"), output[0] if isinstance(output, tuple) else output))
+
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in decoder.layers]
+    try:
+        last = decoder(inputs_embeds=x_1TH, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    angles = decoder.rotary_emb(x_1TH, torch.arange(2)[None])
+    inputs, expected = [given for given, _, _ in seen], [x_1TH, *(out for _, _, out in seen[:-1])]
+    plain = all(map(torch.equal, inputs, expected)) and all(
+        turned is not None and all(map(torch.equal, turned, angles)) for _, turned, _ in seen
+    )
+    if not plain or len(seen) != len(decoder.layers) or list(dict(decoder.norm.named_parameters())) != ["weight"]:
+        return None
+    made, normed = FusedStack(model), rms_norm(seen[-1][2], decoder.norm.weight, _eps(decoder.norm))
+    off = float((normed.float() - last.float()).norm() / last.float().norm())
+    return made if off <= TOLERANCE[dtype] else None
+
+
+def _holders(layer: Any) -> list[dict[str, Any]]:
+    modules = [layer._modules, layer.self_attn._modules, layer.mlp._modules]
     inside = [module for parts in modules for module in parts.values()]
     return [*modules, *(module._parameters for module in inside if module._parameters)]
 

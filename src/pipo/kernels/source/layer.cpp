@@ -1,7 +1,7 @@
-// One decoder layer over a few new positions of every row, and products of few rows; called through ctypes (`pipo.kernels.cpu`).
+// Decoder layers over a few new positions of every row, and products of few rows; called through ctypes (`pipo.kernels.cpu`).
 //
-// The layer is norm -> queries, keys, values -> norms of heads -> rotary embedding -> cache -> attention -> output, added on;
-// norm -> gate and up -> SiLU -> down, added on. Threads are started once for all of it and take the work in small pieces. What
+// A layer is norm -> queries, keys, values -> norms of heads -> rotary embedding -> cache -> attention -> output, added on;
+// norm -> gate and up -> SiLU -> down, added on. Threads are started once for all layers and take the work in small pieces. What
 // is stored between two steps is rounded to the model's type T, where the stock modules round too; sums are float32.
 //
 // Shape legend: B rows, T new positions each, M = B T, H width, I inner width, D head width, S cached positions.
@@ -10,33 +10,38 @@
 #include <omp.h>
 #endif
 
+#include <memory>
+
 #include "attention.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What a layer is; weights row-major, absent ones null. Mirrored by `pipo.kernels.cpu.LayerWeights`.
+// What a layer is; weights row-major, absent ones null. Mirrored by `pipo.kernels.cpu._Layer`.
 struct Layer {
   const void *norm1, *q, *k, *v, *o, *q_bias, *k_bias, *v_bias, *o_bias, *q_norm, *k_norm, *norm2, *gate, *up, *down;
   int64_t width, inner, heads, kv_heads, head_dim;
   double eps1, head_eps, eps2, scale;
 };
 
-// One step: x [M, H] is read, out [M, H] written. Mirrored by `pipo.kernels.cpu.LayerStep`.
+// One step of `num_layers` layers, from x [M, H] to x. Mirrored by `pipo.kernels.cpu._Step`.
 struct Step {
-  const void *x, *cos, *sin;      // cos, sin [1 or B, T, rotary]
-  void *out, *keys, *values;      // [rows, heads, capacity, D], of which a row and a head lie so many elements apart
+  void* x;
+  const void *cos, *sin;          // [1 or B, T, rotary]
+  void *const *keys, *const *values;  // of each layer [rows, heads, capacity, D]: a row and a head lie so many elements apart
   const int64_t* positions;       // [B, T]
-  int64_t batch, new_positions, rotary, angles_stride, row_stride, head_stride, threads;
+  const Layer* const* layers;
+  const void* norm;               // of the last layer's output, or null
+  double eps;
+  int64_t num_layers, batch, new_positions, rotary, angles_stride, row_stride, head_stride, threads;
   float* scratch;
   int64_t scratch_floats;
 };
 
 namespace {
 
-struct Team {
-  long threads;
+struct Team {  // how far the work of a layer's phases has been taken
   std::atomic<long> next[8];
-  explicit Team(long n) : threads(n) {
+  Team() {
     for (auto& counter : next) counter = 0;
   }
 };
@@ -118,7 +123,7 @@ template <class T> long space(const Layer& l, const Step& s, long longest, Space
 }
 
 // Norms and rotary embedding of a position's heads, its keys and values to the cache.
-template <class T> void place(const Layer& l, const Step& s, const Space<T>& w, long m) {
+template <class T> void place(const Layer& l, const Step& s, long layer, const Space<T>& w, long m) {
   const long D = l.head_dim, b = m / s.new_positions, t = m % s.new_positions;
   const T* cos = (const T*)s.cos + b * s.angles_stride + t * s.rotary;
   const T* sin = (const T*)s.sin + b * s.angles_stride + t * s.rotary;
@@ -130,17 +135,18 @@ template <class T> void place(const Layer& l, const Step& s, const Space<T>& w, 
   for (long h = 0; h < l.kv_heads; h++) {
     const long from = (m * l.kv_heads + h) * D, to = b * s.row_stride + h * s.head_stride + s.positions[m] * D;
     finish(w.k + from, (const T*)l.k_norm);
-    std::memcpy((T*)s.keys + to, w.k + from, D * sizeof(T));
-    std::memcpy((T*)s.values + to, w.v + from, D * sizeof(T));
+    std::memcpy((T*)s.keys[layer] + to, w.k + from, D * sizeof(T));
+    std::memcpy((T*)s.values[layer] + to, w.v + from, D * sizeof(T));
   }
 }
 
 // One stretch of one row and key head.
-template <class T> void attend_item(const Layer& l, const Step& s, const Space<T>& w, long stretches, long item, float* own) {
+template <class T>
+void attend_item(const Layer& l, const Step& s, long layer, const Space<T>& w, long stretches, long item, float* own) {
   const long D = l.head_dim, G = l.heads / l.kv_heads, n = s.new_positions;
   const long b = item / (l.kv_heads * stretches), h = item / stretches % l.kv_heads, stretch = item % stretches;
   const long at = b * s.row_stride + h * s.head_stride;
-  const T *k = (const T*)s.keys + at, *v = (const T*)s.values + at;
+  const T *k = (const T*)s.keys[layer] + at, *v = (const T*)s.values[layer] + at;
   const Packed<T> q{(T*)(own + G * kBlock), G, D};
   for (long t = 0; t < n; t++) {
     const long limit = s.positions[b * n + t] + 1, begin = stretch * kStretch, end = std::min(limit, begin + kStretch);
@@ -172,11 +178,11 @@ template <class T> void merge(const Layer& l, const Step& s, const Space<T>& w, 
 }
 
 // silu(gate) * up of some rows of the weights.
-template <class T> void gated(const Layer& l, Team& team, const Space<T>& w, long M, float* own) {
-  const long K = l.width, size = chunk_rows(l.inner, 2 * K * sizeof(T), M, team.threads);
+template <class T> void gated(const Layer& l, const Step& s, Team& team, const Space<T>& w, long M, float* own) {
+  const long K = l.width, size = chunk_rows(l.inner, 2 * K * sizeof(T), M, s.threads);
   float* up = own + size * M;
-  for (Share s; (s = take(team.next[4], l.inner, size, team.threads)).begin < l.inner;) {
-    const long begin = s.begin, end = s.end;
+  for (Share part; (part = take(team.next[4], l.inner, size, s.threads)).begin < l.inner;) {
+    const long begin = part.begin, end = part.end;
     some_rows((const T*)l.gate, begin, end, w.normed, own, size);
     some_rows((const T*)l.up, begin, end, w.normed, up, size);
     for (long m = 0; m < M; m++) {
@@ -191,43 +197,41 @@ template <class T> void gated(const Layer& l, Team& team, const Space<T>& w, lon
   }
 }
 
-template <class T> void run(const Layer& l, const Step& s, Team& team, const Space<T>& w, long stretches, long me) {
+template <class T> void run(const Step& s, long layer, Team& team, const Space<T>& w, long stretches, long me) {
+  const Layer& l = *s.layers[layer];
   const long M = s.batch * s.new_positions, H = l.width, D = l.head_dim, wide = l.heads * D, narrow_ = l.kv_heads * D;
   float* own = w.own + me * w.own_floats;
-  const T* x = (const T*)s.x;
-  T* out = (T*)s.out;
-  const auto norm = [&](const T* from, const void* weight, double eps) {
+  T* x = (T*)s.x;
+  const auto norm = [&](const void* weight, double eps) {
     T* row = (T*)own;
-    for (long m = me; m < M; m += team.threads) {
-      rms_norm(from + m * H, (const T*)weight, H, float(eps), row);
+    for (long m = me; m < M; m += s.threads) {
+      rms_norm(x + m * H, (const T*)weight, H, float(eps), row);
       w.normed.put(m, row);
     }
   };
   if (me == 0) w.mixed.clear_padding(), w.inner.clear_padding();
-  norm(x, l.norm1, l.eps1);
+  norm(l.norm1, l.eps1);
   meet();
   const auto to = [](T* y, long ld) { return [y, ld](long n, long m, float value) { y[m * ld + n] = narrow<T>(value); }; };
-  product(team.next[0], team.threads, (const T*)l.q, (const T*)l.q_bias, wide, w.normed, own, to(w.q, wide));
-  product(team.next[1], team.threads, (const T*)l.k, (const T*)l.k_bias, narrow_, w.normed, own, to(w.k, narrow_));
-  product(team.next[2], team.threads, (const T*)l.v, (const T*)l.v_bias, narrow_, w.normed, own, to(w.v, narrow_));
+  product(team.next[0], s.threads, (const T*)l.q, (const T*)l.q_bias, wide, w.normed, own, to(w.q, wide));
+  product(team.next[1], s.threads, (const T*)l.k, (const T*)l.k_bias, narrow_, w.normed, own, to(w.k, narrow_));
+  product(team.next[2], s.threads, (const T*)l.v, (const T*)l.v_bias, narrow_, w.normed, own, to(w.v, narrow_));
   meet();
-  for (long m = me; m < M; m += team.threads) place(l, s, w, m);
+  for (long m = me; m < M; m += s.threads) place(l, s, layer, w, m);
   meet();
   const long items = s.batch * l.kv_heads * stretches;
-  for (long item; (item = team.next[3].fetch_add(1)) < items;) attend_item(l, s, w, stretches, item, own);
+  for (long item; (item = team.next[3].fetch_add(1)) < items;) attend_item(l, s, layer, w, stretches, item, own);
   meet();
-  for (long m = me; m < M; m += team.threads) merge(l, s, w, stretches, m);
+  for (long m = me; m < M; m += s.threads) merge(l, s, w, stretches, m);
   meet();
-  const auto add_to = [](T* y, const T* before, long ld) {
-    return [=](long n, long m, float value) { y[m * ld + n] = narrow<T>(widen(before[m * ld + n]) + stored<T>(value)); };
-  };
-  product(team.next[5], team.threads, (const T*)l.o, (const T*)l.o_bias, H, w.mixed, own, add_to(out, x, H));
+  const auto add = [x, H](long n, long m, float value) { x[m * H + n] = narrow<T>(widen(x[m * H + n]) + stored<T>(value)); };
+  product(team.next[5], s.threads, (const T*)l.o, (const T*)l.o_bias, H, w.mixed, own, add);
   meet();
-  norm(out, l.norm2, l.eps2);
+  norm(l.norm2, l.eps2);
   meet();
-  gated(l, team, w, M, own);
+  gated(l, s, team, w, M, own);
   meet();
-  product(team.next[6], team.threads, (const T*)l.down, (const T*)nullptr, H, w.inner, own, add_to(out, out, H));
+  product(team.next[6], s.threads, (const T*)l.down, (const T*)nullptr, H, w.inner, own, add);
 }
 
 long longest_of(const Step& s) {
@@ -237,19 +241,30 @@ long longest_of(const Step& s) {
 }
 
 // Bytes of scratch that the step needs; nothing is done where it has less.
-template <class T> long layer(const Layer& l, const Step& s) {
+template <class T> long layers(const Step& s) {
   const long longest = longest_of(s), stretches = num_stretches(longest);
-  Space<T> w;
-  const long needed = space<T>(l, s, longest, &w);
+  long needed = 0;
+  for (long i = 0; i < s.num_layers; i++) needed = std::max(needed, space<T>(*s.layers[i], s, longest, nullptr));
   if (needed > s.scratch_floats * long(sizeof(float))) return needed;
-  Team team(s.threads);
+  std::unique_ptr<Team[]> teams(new Team[s.num_layers]);
 #pragma omp parallel num_threads(int(s.threads))
   {
 #ifdef _OPENMP
-    run<T>(l, s, team, w, stretches, omp_get_thread_num());
+    const long me = omp_get_thread_num();
 #else
-    run<T>(l, s, team, w, stretches, 0);
+    const long me = 0;
 #endif
+    Space<T> w;
+    for (long i = 0; i < s.num_layers; i++) {
+      space<T>(*s.layers[i], s, longest, &w);
+      run<T>(s, i, teams[i], w, stretches, me);
+      meet();
+    }
+    if (s.norm) {
+      const long H = s.layers[0]->width;
+      for (long m = me; m < s.batch * s.new_positions; m += s.threads)
+        rms_norm((T*)s.x + m * H, (const T*)s.norm, H, float(s.eps), (T*)s.x + m * H);
+    }
   }
   return 0;
 }
@@ -274,8 +289,8 @@ void linear(const T* x, const T* w, const T* bias, Out* y, long M, long N, long 
 
 }  // namespace
 
-EXPORT int64_t pipo_layer_bf16(const Layer* l, const Step* s) { return layer<bf16>(*l, *s); }
-EXPORT int64_t pipo_layer_f32(const Layer* l, const Step* s) { return layer<float>(*l, *s); }
+EXPORT int64_t pipo_layers_bf16(const Step* s) { return layers<bf16>(*s); }
+EXPORT int64_t pipo_layers_f32(const Step* s) { return layers<float>(*s); }
 
 // y [M, N] = x [M, K] wᵀ + bias, with so many bytes of scratch for numbers of `size` bytes.
 EXPORT int64_t pipo_linear_bytes(int64_t M, int64_t N, int64_t K, int64_t size, int64_t threads) {
@@ -293,11 +308,3 @@ EXPORT void pipo_linear_f32(const float* x, const float* w, const float* b, floa
                             float* scratch) {
   linear(x, w, b, y, M, N, K, threads, scratch);
 }
-EXPORT int64_t pipo_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
-EXPORT int64_t pipo_has_bf16() { return PIPO_AVX512BF16; }
