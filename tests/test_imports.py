@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": FOUNDATION | {"losses", "model", "data", "run_record", "reliability"},
     "server": FOUNDATION | {"losses", "model", "data", "engine", "training"},
     "evaluation": FOUNDATION | {"data", "engine", "run_record", "reliability", "pages"},
-    "bench": FOUNDATION | {"losses", "model", "data", "engine", "training", "run_record", "pages"},
+    "bench": FOUNDATION | {"losses", "kernels", "model", "data", "engine", "training", "run_record", "pages"},
     "demo": FOUNDATION
     | {"losses", "model", "data", "engine", "training", "evaluation", "run_record", "reliability"}
     | {"pages"},

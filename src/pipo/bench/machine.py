@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipo.bench.cost import Machine
 from pipo.errors import ConfigError
+from pipo.kernels.pages import advise
 from pipo.run_record import processor_name
 
 MEASURED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +55,9 @@ def measure_machine(device: str | torch.device = "cpu", dtype: torch.dtype = tor
 def measure_reading(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Way of reading a large buffer → bytes per second."""
     num_bytes = int(min(BUFFER_BYTES[device.type], MEMORY_SHARE * _free_bytes(device)))
-    words_N = torch.ones(num_bytes // 16384 * 4096, dtype=torch.float32, device=device)
+    words_N = torch.empty(num_bytes // 16384 * 4096, dtype=torch.float32, device=device)
+    advise(words_N)
+    words_N.uniform_()  # equal pages of a virtual machine may be one page of its host
     rows_RC = words_N.view(dtype).view(-1, 4096)
     ones_C = torch.ones(4096, dtype=dtype, device=device)
     ways: dict[str, tuple[Callable[[], Tensor], int]] = {

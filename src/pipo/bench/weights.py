@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from pipo.kernels.pages import gather
 from pipo.model.backbone import build_causal_lm
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +34,7 @@ def random_causal_lm(config: PreTrainedConfig, dtype: torch.dtype, device: torch
             _repeat(block, weight)
         elif name.endswith("bias"):
             weight.zero_()  # other vectors, such as norms, have the values that their modules start with
+    gather(causal_lm.parameters())  # as the engine does with a checkpoint's
     return causal_lm.eval().requires_grad_(False)
 
 

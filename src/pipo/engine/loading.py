@@ -241,13 +241,13 @@ def use_kernels(model: PipoForCausalLM | BaseForCausalLM, choice: str | None, sh
             raise ConfigError(
                 f"kernels='native' are for a CPU, and the model is on {model.device}; choose kernels='auto'"
             )
-        return fuse(model)
+        return fuse(model, move_weights=not shared)
     if choice == "torch" and model.backbone.fusion is not None:
         model.backbone.fusion.undo()
     if choice == "torch" or (choice is None and shared) or model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return None
     try:
-        return fuse(model)
+        return fuse(model, move_weights=not shared)
     except KernelError as error:
         logger.warning("decoding will be slower than it could be: %s", error)
         return None

@@ -35,6 +35,13 @@ def advise(tensor: Tensor) -> bool:
     return _libc().madvise(start, end - start, ADVICE) == 0  # type: ignore[no-any-return]
 
 
+def zeros(*shape: int, like: Tensor) -> Tensor:
+    """Zeros of `like`'s dtype and device, in huge pages where they are large enough for some."""
+    made = like.new_empty(shape)
+    advise(made)
+    return made.zero_()
+
+
 def gather(parameters: Iterable[nn.Parameter]) -> int:
     """Move the weights of a model that nobody else uses into one stretch of huge pages; how many bytes, 0 where there are none.
 

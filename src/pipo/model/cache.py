@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from pipo.errors import UnsupportedModelError
+from pipo.kernels.pages import zeros
 from pipo.model.row_state import RowState, States
 from pipo.model.sampling_batch import to_device
 
@@ -65,7 +66,7 @@ class KeyValueRows(CacheLayerMixin):
         rows, capacity = self.owner.capacity
         # Zeros, not whatever memory holds: a masked entry is multiplied by zero, which does not cancel a NaN.
         self.keys, self.values = (
-            t.new_zeros(rows, t.shape[1], capacity, t.shape[3]) for t in (key_states, value_states)
+            zeros(rows, t.shape[1], capacity, t.shape[3], like=t) for t in (key_states, value_states)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ class KeyValueRows(CacheLayerMixin):
         for name in ("keys", "values"):
             old: Tensor | None = getattr(self, name)
             if old is not None:
-                new = old.new_zeros(rows, old.shape[1], capacity, old.shape[3])
+                new = zeros(rows, old.shape[1], capacity, old.shape[3], like=old)
                 r, c = min(rows, old.shape[0]), min(capacity, old.shape[2])
                 new[:r, :, :c] = old[:r, :, :c]
                 setattr(self, name, new)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipo.kernels.build import load_library
 from pipo.kernels.cpu import FEW_ROWS, LAYER_ROWS, DecoderLayer, LayerStack, LayerWeights, linear, rms_norm
+from pipo.kernels.pages import gather
 from pipo.model.backbone import LayerCall
 from pipo.model.cache import RowCache, layer_kinds
 from pipo.model.drafter import Drafter
@@ -62,8 +63,11 @@ class Fusion:
 
 
 @torch.no_grad()
-def fuse(model: Drafter) -> Fusion:
-    """Replace what can be replaced in a model in memory (its weights stay where they are).
+def fuse(model: Drafter, move_weights: bool = False) -> Fusion:
+    """Replace what can be replaced in a model.
+
+    Args:
+        move_weights: into huge pages; not where others hold on to their memory.
 
     Raises:
         KernelError: the kernels can't be compiled here.
@@ -71,6 +75,8 @@ def fuse(model: Drafter) -> Fusion:
     load_library()
     if model.backbone.fusion is not None:
         return model.backbone.fusion  # type: ignore[no-any-return]
+    if move_weights:
+        gather(cast(nn.Module, model).parameters())
     fusion = Fusion()
     decoder = model.backbone.decoder
     named = [(f"layers.{i}", layer, i) for i, layer in enumerate(decoder.layers)]
