@@ -146,7 +146,7 @@ def _time(subject: Subject | PeerSubject, point: Point, num_steps: int) -> Timin
     if isinstance(subject, Subject):
         return time_batch(subject, point, num_steps)
     reply = subject.time_batch(point, num_steps)
-    return Timing(reply.first_s, reply.tpot_s, 1.0, point.context + (1 + num_steps) / 2)
+    return Timing(reply.first_s, reply.tpot_s, 1.0, point.context + 1 + num_steps / 2)
 
 
 def _warm(subject: Subject | PeerSubject, point: Point) -> Point:

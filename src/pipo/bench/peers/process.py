@@ -89,7 +89,7 @@ class PeerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,
+            process_group=0,  # to end it with all that it started; in our session, since schedulers give each its share
         )
         threading.Thread(target=self._read, daemon=True).start()
         try:
