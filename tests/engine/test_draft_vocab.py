@@ -12,8 +12,8 @@ from pipo import LLM, SamplingParams
 from pipo.engine.request import RequestOutput
 from pipo.errors import CheckpointError, ConfigError
 from pipo.model.draft_vocab import DRAFT_VOCAB, NO_DRAFT, DraftIds, DraftVocab, read_draft_ids, write_draft_ids
+from pipo.model.rows import DraftPart, Rows
 from pipo.model.sampling import SamplingBatch
-from pipo.model.step import DraftPart, Rows
 
 PROMPTS = [[7], [5, 9, 40], list(range(3, 40))]
 EVERYTHING = tuple(range(VOCAB))

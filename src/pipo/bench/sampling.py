@@ -14,8 +14,8 @@ import torch
 
 from pipo.engine.request import SamplingParams
 from pipo.errors import ConfigError
+from pipo.model.rows import Rows
 from pipo.model.sampling import SamplingBatch, TokenHistory
-from pipo.model.step import Rows
 
 REQUESTS = {
     "greedy": SamplingParams(temperature=0, threshold=1),

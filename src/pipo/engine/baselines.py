@@ -19,9 +19,10 @@ from pipo.engine.sequence import Sequence, StepTokens
 from pipo.errors import ConfigError, RequestError
 from pipo.model.backbone import LayerCall
 from pipo.model.base import BaseForCausalLM
-from pipo.model.draft_vocab import DraftIds, DraftVocab
+from pipo.model.draft_vocab import NO_DRAFT, DraftIds, DraftVocab
 from pipo.model.prefill import Prefill, Prefilled
 from pipo.model.row_state import measure_bytes
+from pipo.model.rows import Rows
 from pipo.model.sampling import (
     BONUS,
     RESIDUAL,
@@ -36,9 +37,7 @@ from pipo.model.sampling import (
     uniform,
 )
 from pipo.model.step import (
-    NO_DRAFT,
     PairResult,
-    Rows,
     fetch,
     finite_rows,
     single_tokens,

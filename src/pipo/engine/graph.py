@@ -26,10 +26,11 @@ from pipo.engine.row_sampling import RowSampling
 from pipo.engine.sequence import Sequence
 from pipo.errors import UnsupportedModelError
 from pipo.model.row_attention import attend_by_rows
+from pipo.model.rows import DraftPart, Rows
 from pipo.model.sampling import SamplingBatch
 from pipo.model.sampling_batch import to_device
 from pipo.model.static_cache import StaticRowCache, on_ladder
-from pipo.model.step import DraftPart, HostPairs, PairResult, Rows, pack, unpack
+from pipo.model.step import HostPairs, PairResult, pack, unpack
 
 MAX_GRAPHS = 128
 """Graphs kept at most; the one captured first goes first."""

@@ -8,9 +8,9 @@ import torch
 
 from pipo.engine.sequence import Sequence
 from pipo.model.draft_vocab import DraftVocab
+from pipo.model.rows import DraftPart, Rows
 from pipo.model.sampling import SamplingBatch, TokenHistory
 from pipo.model.sampling_batch import to_device
-from pipo.model.step import DraftPart, Rows
 
 Laid = tuple[SamplingBatch, TokenHistory | None, DraftPart | None]
 

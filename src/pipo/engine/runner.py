@@ -26,12 +26,12 @@ from pipo.model.draft_vocab import DraftIds, DraftVocab
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.prefill import Prefill
 from pipo.model.row_state import States, measure_bytes, resume_prefill
+from pipo.model.rows import Rows
 from pipo.model.sampling_batch import to_device
 from pipo.model.static_cache import StaticRowCache
 from pipo.model.step import (
     HostPairs,
     PairResult,
-    Rows,
     fetch,
     read_pairs,
     slots_of_result,

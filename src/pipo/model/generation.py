@@ -18,8 +18,9 @@ from pipo.errors import ConfigError, RequestError
 from pipo.model.cache import RowCache
 from pipo.model.modeling import PipoForCausalLM
 from pipo.model.prefill import Prefill
+from pipo.model.rows import Rows
 from pipo.model.sampling import SamplingBatch, TokenHistory
-from pipo.model.step import HostPairs, Rows, fetch, read_pairs, write_pair
+from pipo.model.step import HostPairs, fetch, read_pairs, write_pair
 from pipo.pairing import Pair, draws_drafts, num_pairs, pair_slots_from_tokens, slots_from_pairs
 
 DEFAULT_NEW_TOKENS = 20
