@@ -14,7 +14,6 @@ from pipo.bench.cost import Machine, decode_cost
 from pipo.bench.deployment import Deployment, Efficiency, StepTime
 from pipo.bench.gpus import GPUS, find_gpu, gpu_machine
 from pipo.bench.grid import Point, Results, Row, write_results
-from pipo.bench.latency import SETTLE_STEPS
 from pipo.bench.plan import Limits, Load, predict
 from pipo.cli.main import app
 from pipo.errors import ConfigError, DataError
@@ -150,11 +149,11 @@ def measured(tmp_path, config):
     one = deployment(config, machine)
     rows = []
     for method, commit in (("regular", None), ("pipo", 1.0)):
-        step, num_tokens = one.decode(method, 1, 512 + (SETTLE_STEPS + 8 / 2) * (1 + (commit or 0)), commit or 0)
+        step, num_tokens = one.decode(method, 1, 700, commit or 0)
         first = one.prefill(method, 1, 512, commit or 0)
         slower = 1.25 if method == "pipo" else 1
         times = [first.seconds], [step.seconds / num_tokens * slower]
-        rows.append(Row.from_rounds(method, Point(1, 512), *times, commit=commit, num_steps=8))
+        rows.append(Row.from_rounds(method, Point(1, 512), *times, commit=commit, num_steps=8, middle=700))
     rows += [Row(method="vllm", batch=1, context=512, error="not installed"), Row(method="mtp", batch=1, context=512)]
     settings = {"kind": "latency", "shape": "qwen3-0.6b", "device": "cpu", "dtype": "bfloat16"}
     path = tmp_path / "latency.json"

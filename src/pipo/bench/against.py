@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from pipo.bench.cost import COST_METHODS, Machine
 from pipo.bench.deployment import Deployment, Efficiency
 from pipo.bench.grid import Results, Row, read_results
-from pipo.bench.latency import SETTLE_STEPS, best_of
+from pipo.bench.latency import best_of
 from pipo.errors import DataError
 
 
@@ -98,8 +98,7 @@ def _comparison(deployment: Deployment, row: Row) -> Comparison:
     commit = 0.0 if row.commit is None else row.commit
     drafts = commit, row.draft_vocab
     first = deployment.prefill(row.method, row.batch, row.context, *drafts)
-    written = (SETTLE_STEPS + (row.num_steps or 0) / 2) * (1 + commit)  # by the middle of the steps that were timed
-    step, num_tokens = deployment.decode(row.method, row.batch, row.context + written, *drafts)
+    step, num_tokens = deployment.decode(row.method, row.batch, row.middle or row.context, *drafts)
     return Comparison(
         row.method,
         row.batch,
