@@ -183,6 +183,14 @@ ENGINE_OPTIONS = (
         "Eight bits for the weights of backbone and MTP block, by torchao. int8 runs anywhere, fp8 on newer GPUs.",
         show_default="as stored",
     ),
+    _engine(
+        "cuda_graphs",
+        bool | None,
+        None,
+        "Decode by captured CUDA graphs, the host one step behind.",
+        "--cuda-graphs/--no-cuda-graphs",
+        show_default="on a GPU, where the model's step can be captured",
+    ),
 )
 
 TASK_SAMPLING_OPTIONS = (

@@ -21,7 +21,7 @@ def capture_for(device: torch.device, cuda_graphs: bool | None) -> Capture | Non
         ConfigError: graphs are asked for where there are none.
     """
     if cuda_graphs and device.type != "cuda":
-        raise ConfigError(f"cuda_graphs=True needs a CUDA device, and the model is on {device}")
+        raise ConfigError(f"cuda_graphs=True (--cuda-graphs) needs a CUDA device, and the model is on {device}")
     return CudaCapture() if device.type == "cuda" and cuda_graphs is not False else None
 
 

@@ -188,7 +188,7 @@ class StepGraphs:
 
     def _refusal(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"the step of a {self.cache.config.model_type!r} model {what}: decode without graphs (cuda_graphs=False)"
+            f"the step of a {self.cache.config.model_type!r} model {what}: decode without graphs (cuda_graphs=False, --no-cuda-graphs)"
         )
 
     def _step(self, rows: _RowTensors, batches: Batches, drafting: bool) -> None:

@@ -65,6 +65,8 @@ class EngineSubject:
         path: a checkpoint folder or a hub id. subfolder: of it.
         device, dtype, max_num_seqs, max_model_len, max_prefill_positions, cache_budget_bytes, draft_vocab, kernels, quantization: as
             `pipo.engine.llm.LLM` takes them.
+        device, dtype, max_num_seqs, max_model_len, max_prefill_positions, cache_budget_bytes, draft_vocab, kernels,
+            cuda_graphs: as `pipo.engine.llm.LLM` takes them.
 
     Raises:
         CheckpointError: there is no checkpoint, or no draft vocabulary where one was named.
@@ -84,6 +86,7 @@ class EngineSubject:
         draft_vocab: DraftVocabulary = "checkpoint",
         kernels: str | None = None,
         quantization: Quantization | None = None,
+        cuda_graphs: bool | None = None,
     ) -> None:
         from pipo.engine.loading import choose_draft_ids, find_checkpoint, kind_of, threshold_of
 
@@ -98,6 +101,7 @@ class EngineSubject:
             "max_model_len": max_model_len,
             "max_prefill_positions": max_prefill_positions,
             "cache_budget_bytes": cache_budget_bytes,
+            "cuda_graphs": cuda_graphs,
         }
         # A number's ids depend on the model's vocabulary, which only the engine knows.
         self._draft_ids = choose_draft_ids(draft_vocab, self.folder)
