@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipo.engine.request import SamplingParams
+from pipo.losses.draft import draft_features, draft_features_of_logits
 from pipo.model import blocks, sampling
 from pipo.model.nucleus import UNITS, nucleus_cut
 from pipo.model.sampling import (
@@ -200,3 +201,17 @@ def test_penalties_of_some_rows_leave_the_others_alone():
     mixed = processed([some, SamplingParams(), some])
     assert torch.equal(mixed, torch.stack([everywhere[0], nowhere[1], everywhere[2]]))
     assert (everywhere != nowhere).any(-1).all()
+
+
+# --- what the gate sees -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_sees_at_decoding_what_it_was_trained_on(kind):
+    """Training makes the features of log-probabilities, decoding of logits; excluded tokens, −inf, must not make NaN of them."""
+    logits = logits_like(kind, 4, 3000, 7)
+    drafts = logits.topk(3).indices[:, 2]
+    log_probs = logits.log_softmax(-1)
+    expected = draft_features(log_probs, log_probs.gather(1, drafts[:, None])[:, 0])
+    found = draft_features_of_logits(logits, drafts, blocks.largest(logits, 2).values_BK)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipo.losses.draft import draft_features
+from pipo.losses.draft import draft_features_of_logits
+from pipo.model.blocks import largest
 from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import NO_DRAFT
 from pipo.model.modeling import PipoForCausalLM
@@ -90,8 +91,7 @@ def _draw_and_judge(
     """A gate that sees the draft needs one. It is told of the head's own distribution, whatever the draft was drawn from."""
     logits_BV = rows.draft_logits(model, mtp_hidden_BH)
     drawn = rows.draw_draft(logits_BV, token1_B)
-    log_probs_BV = torch.log_softmax(logits_BV, dim=-1)
-    features_B3 = draft_features(log_probs_BV, log_probs_BV.gather(1, drawn.place_B[:, None])[:, 0])
+    features_B3 = draft_features_of_logits(logits_BV, drawn.place_B, largest(logits_BV, 2).values_BK)
     confidence_B = model.confidence(hidden_BH, mtp_hidden_BH, features_B3)
     committed_B = accept(confidence_B, rows.batch.threshold_B) & (drawn.token_B != NO_DRAFT)
     return _Draft(drawn.token_B, confidence_B, committed_B, None, drawn.logprobs)
