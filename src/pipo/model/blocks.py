@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary, N blocks of W neighbouring entries, K kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ WIDTH = 128
 
 _MIN_BLOCKS_PER_K = 4
 """Where the blocks that hold the largest are a good part of all, nothing is saved."""
+
+
+_LONG_ROW = 16_384
 
 
 class Largest(NamedTuple):
@@ -81,3 +85,13 @@ def at_least_kth(values_BV: Tensor, k_B: Tensor, max_k: int) -> Largest | None:
     columns_BK = near_BC.topk(num, sorted=False).indices.sort(-1).values
     ids_BK = chosen_BK.gather(1, columns_BK // WIDTH) * WIDTH + columns_BK % WIDTH
     return Largest(near_BC.gather(1, columns_BK), ids_BK)
+
+
+def row_by_row(function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """`function` of all rows of `arguments`; on a CPU of one long row after the other, so that each stays in the processor's cache."""
+    first = arguments[0]
+    if first.device.type != "cpu" or len(first) < 2 or first.shape[-1] < _LONG_ROW:
+        return function(*arguments)
+    return torch.cat(
+        [function(*row) for row in zip(*(torch.split(argument, 1) for argument in arguments), strict=True)]
+    )

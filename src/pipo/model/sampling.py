@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipo.model.blocks import argmax, at_least_kth, block_of, in_blocks, largest, pays
+from pipo.model.blocks import argmax, at_least_kth, block_of, in_blocks, largest, pays, row_by_row
 from pipo.model.nucleus import nucleus_cut, units
 from pipo.model.sampling_batch import (
     SPLITMIX64,
@@ -170,7 +170,7 @@ def _filter_cut(logits_BV: Tensor, batch: SamplingBatch) -> Tensor | None:
     if batch.nucleus_rows is not None:
         rows = batch.nucleus_rows
         all_rows = len(rows) == batch.num_rows
-        nucleus_S = nucleus_cut(logits_BV if all_rows else logits_BV[rows], batch.top_p_B[rows])
+        nucleus_S = row_by_row(nucleus_cut, logits_BV if all_rows else logits_BV[rows], batch.top_p_B[rows])
         cut_B = cut_B.index_copy(0, rows, nucleus_S)
     return torch.maximum(cut_B, batch.min_p_B.log()) if batch.any_min_p else cut_B
 
@@ -207,7 +207,8 @@ def sample(logits_BV: Tensor, batch: SamplingBatch, position: Tensor | int, slot
     """
     if batch.all_greedy:
         return argmax(logits_BV)
-    drawn_B = _draw(logits_BV.exp(), uniform(batch.key_B, position, slot))
+    uniform_B = uniform(batch.key_B, position, slot)
+    drawn_B = row_by_row(lambda logits, u: _draw(logits.exp(), u), logits_BV, uniform_B)
     return torch.where(batch.greedy_B, argmax(logits_BV), drawn_B) if batch.any_greedy else drawn_B
 
 

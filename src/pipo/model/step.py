@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipo.losses.draft import draft_features_of_logits
-from pipo.model.blocks import largest
+from pipo.model.blocks import largest, row_by_row
 from pipo.model.cache import RowCache
 from pipo.model.draft_vocab import NO_DRAFT
 from pipo.model.modeling import PipoForCausalLM
@@ -91,7 +91,8 @@ def _draw_and_judge(
     """A gate that sees the draft needs one. It is told of the head's own distribution, whatever the draft was drawn from."""
     logits_BV = rows.draft_logits(model, mtp_hidden_BH)
     drawn = rows.draw_draft(logits_BV, token1_B)
-    features_B3 = draft_features_of_logits(logits_BV, drawn.place_B, largest(logits_BV, 2).values_BK)
+    best_B2 = largest(logits_BV, 2).values_BK
+    features_B3 = row_by_row(draft_features_of_logits, logits_BV, drawn.place_B, best_B2)
     confidence_B = model.confidence(hidden_BH, mtp_hidden_BH, features_B3)
     committed_B = accept(confidence_B, rows.batch.threshold_B) & (drawn.token_B != NO_DRAFT)
     return _Draft(drawn.token_B, confidence_B, committed_B, None, drawn.logprobs)
