@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PANEL = "What runs"
 DEFAULT_SHAPE = "tiny-wide"
-WIDE = 120
+WIDE = 132
 """Characters that a table of a benchmark may take."""
 
 SETTING_OPTIONS = (
