@@ -203,8 +203,8 @@ def test_metrics_tell_what_happened(llm: LLM) -> None:
     assert float(lines['pipo_requests_total{path="/v1/chat/completions",status="404"}']) == 1
     assert float(lines['pipo_ttft_seconds_count{model="pipo"}']) == 2
     assert float(lines['pipo_tokens_per_step_sum{model="pipo"}']) == 4
-    for name in ("pipo_samples_running", "pipo_samples_waiting", "pipo_cache_usage_ratio", "pipo_prefix_cache_bytes"):
-        assert f'{name}{{model="pipo"}}' in lines
+    for name in ("samples_running", "samples_waiting", "samples_reading", "cache_usage_ratio", "prefix_cache_bytes"):
+        assert f'pipo_{name}{{model="pipo"}}' in lines
 
 
 def test_the_openapi_document_names_every_field(llm: LLM) -> None:

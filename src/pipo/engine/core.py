@@ -161,7 +161,8 @@ class Engine:
     @property
     def reading(self) -> list[Sequence]:
         """The samples of the long prompt that is read in chunks, where there is one."""
-        return [] if self._long is None else self._long.sequences
+        long = self._long  # asked for by other threads, too
+        return [] if long is None else long.sequences
 
     # --- a step
 

@@ -83,8 +83,9 @@ class EngineState(Collector):
         """One value per model of each."""
         running = GaugeMetricFamily("pipo_samples_running", "Samples that decode now", labels=MODEL)
         waiting = GaugeMetricFamily("pipo_samples_waiting", "Samples in the queue", labels=MODEL)
+        reading = GaugeMetricFamily("pipo_samples_reading", "Samples whose long prompt is read in chunks", labels=MODEL)
         usage = GaugeMetricFamily(
-            "pipo_cache_usage_ratio", "Share of the cache's memory in use by running samples", labels=MODEL
+            "pipo_cache_usage_ratio", "Share of the cache's memory that samples take", labels=MODEL
         )
         held = GaugeMetricFamily("pipo_prefix_cache_bytes", "Memory of kept prefixes", labels=MODEL)
         hits = CounterMetricFamily("pipo_prefix_cache_hits", "Prefills that went on from a kept prefix", labels=MODEL)
@@ -94,19 +95,20 @@ class EngineState(Collector):
             rows = list(engine.running)
             running.add_metric([name], len(rows))
             waiting.add_metric([name], len(engine.waiting))
+            reading.add_metric([name], len(engine.reading))
             usage.add_metric([name], cache_usage(llm))
             prefixes = engine.runner.prefixes if isinstance(engine.runner, PipoRunner) else None
             held.add_metric([name], prefixes.num_bytes if prefixes else 0)
             hits.add_metric([name], prefixes.num_hits if prefixes else 0)
             misses.add_metric([name], prefixes.num_misses if prefixes else 0)
-        yield from (running, waiting, usage, held, hits, misses)
+        yield from (running, waiting, reading, usage, held, hits, misses)
         yield GaugeMetricFamily("pipo_start_time_seconds", "When the server started (Unix time)", self._started_s)
 
 
 def cache_usage(llm: LLM) -> float:
-    """Share of the cache's memory that the running samples take: rows are as long as the longest."""
+    """Share of the cache's memory that samples take, those whose prompt is read included: rows are as long as the longest."""
     engine = llm.engine
-    rows = list(engine.running)
+    rows = [*engine.running, *engine.reading]
     length = max(map(engine.runner.num_positions, rows), default=0)
     budget = engine.budget
     return len(rows) * (budget.row_bytes + length * budget.position_bytes) / budget.total_bytes
