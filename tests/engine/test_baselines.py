@@ -101,6 +101,21 @@ def test_speculation_samples_from_the_base_model(family: str) -> None:
     assert statistic < cells + 5 * (2 * cells) ** 0.5
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
+def test_what_is_left_of_a_rejected_draft_is_right_while_rows_come_and_go(family: str) -> None:
+    """Fails when reading a good token again loses what another, short row has just written: its later tokens are then another text's."""
+    model = base_model(family)
+    params = SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True, n=2, seed=4, logprobs=1)
+    for output in LLM(model, method="speculative", max_num_seqs=2).generate(prompts(), params):
+        ids = output.prompt_token_ids + output.token_ids
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids]), return_logits=True).logits[0].log_softmax(-1)
+        for step, (token, found) in enumerate(zip(output.token_ids, output.logprobs or [], strict=True)):
+            assert found.logprob == pytest.approx(
+                float(log_probs[len(output.prompt_token_ids) - 1 + step, token]), abs=1e-3
+            )
+
+
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "mistral"])
 def test_mtp_without_verification_keeps_every_draft(family: str) -> None:
     """Token 1 is the backbone's after all text so far; token 2 is the MTP block's, unverified."""

@@ -227,6 +227,7 @@ class RowCache(Cache):
         """Entries that each row holds."""
         self.capacity = (0, 0)
         self.span = 0
+        self._begun = 0  # entries of the longest row in the step that has begun
         self.rows_B1 = torch.zeros(0, 1, dtype=torch.long, device=device)
         self.positions_BT = torch.zeros(0, 1, dtype=torch.long, device=device)
         states = [getattr(layer, "number_of_states", 1) for layer in DynamicCache(config=config).layers]
@@ -274,7 +275,7 @@ class RowCache(Cache):
 
     def clear(self) -> None:
         """Drop all rows and give their memory back."""
-        self.num_rows, self.lengths, self.capacity = 0, [], (0, 0)
+        self.num_rows, self.lengths, self.capacity, self._begun = 0, [], (0, 0), 0
         for layer in self.layers:
             layer.release()
 
@@ -282,7 +283,7 @@ class RowCache(Cache):
         """Room for `rows` rows of `length` entries: grows by half, shrinks when three quarters lie idle."""
         have_rows, have_length = self.capacity
         enough = rows <= have_rows and length <= have_length
-        if enough and 4 * rows * length >= have_rows * have_length:
+        if enough and 4 * rows * max(length, LENGTH_STEP) >= have_rows * have_length:
             return
         if not enough:
             more_rows = have_rows if rows <= have_rows else max(rows, int(GROWTH * have_rows))
@@ -299,7 +300,9 @@ class RowCache(Cache):
     def begin(self, num_new: int = 1) -> Tensor:
         """Start a step that writes `num_new` entries at the end of every row; their positions `[B, T]`."""
         longest = max(self.lengths) + num_new
-        self._reserve(self.num_rows, longest)
+        # A step may begin twice, the second time with fewer entries: those that lie beyond are kept.
+        self._begun = max(self._begun, longest)
+        self._reserve(self.num_rows, self._begun)
         self.span = longest
         start = torch.tensor(self.lengths, dtype=torch.long)
         self.positions_BT = to_device(start[:, None] + torch.arange(num_new), self.device)
@@ -315,6 +318,7 @@ class RowCache(Cache):
     def advance(self, num_new: Sequence[int] | int = 1) -> None:
         """Keep the step's entries: as many per row as given; what lies beyond is overwritten by the next step."""
         steps = [num_new] * self.num_rows if isinstance(num_new, int) else num_new
+        self._begun = 0
         self.lengths = [length + step for length, step in zip(self.lengths, steps, strict=True)]
 
     def masks(self, dtype: torch.dtype) -> Tensor | dict[str, Tensor | None] | None:
