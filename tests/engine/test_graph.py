@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from pipo.engine.graph import StepGraphs, is_capturable
 from pipo.engine.request import RequestOutput
 from pipo.errors import ConfigError, UnsupportedModelError
 from pipo.model import static_cache
+from pipo.model.config import GATE_SETTINGS
 from pipo.model.static_cache import StaticRowCache, on_ladder
 
 FREE = SamplingParams(temperature=0, threshold=0.0, max_tokens=12, ignore_eos=True)
@@ -339,6 +342,48 @@ def test_memory_held_stays_within_the_budget(replaying: None) -> None:
     assert 0 < llm.engine.runner.cache.num_bytes() <= total
 
 
+@pytest.mark.parametrize(("entries", "lengths"), [(2304, [(1, 1000), (3, 600)]), (1100, [(1, 600), (1, 1000)])])
+def test_buffers_take_no_more_than_they_may(entries: int, lengths: list[tuple[int, int]]) -> None:
+    """Neither to keep a long capacity for more rows, nor to grow ahead beyond the longest row."""
+    cache = StaticRowCache(pipo_model("qwen3").config.text_config, torch.device("cpu"))
+    cache.limits = (8, 1024)
+    cache.fits = lambda rows, length: math.prod(cache.rounded(rows, length)) <= entries
+    for rows, length in lengths:
+        assert cache.fits(rows, length)
+        cache._reserve(rows, length)
+        assert cache.num_entries <= entries
+        assert cache.capacity[0] >= rows
+        assert cache.capacity[1] >= length
+
+
+def test_another_gate_is_captured_anew(replaying: None, tmp_path: Path) -> None:
+    """Its scale and offset are numbers in a captured step: replayed, that would judge by the gate before."""
+    model = pipo_model("qwen3")
+    llm = LLM(model)
+
+    def capture(step: Step, undo: Step) -> Step:
+        gate = {name: getattr(model.config, name) for name in GATE_SETTINGS}
+
+        def replay() -> None:
+            now = {name: getattr(model.config, name) for name in GATE_SETTINGS}
+            model.set_gate(**gate)
+            step()
+            model.set_gate(**now)
+
+        return replay
+
+    graphs_of(llm).capture = capture
+    judged = params(threshold=0.5)
+    llm.generate(prompt(3, 4), judged)
+    for offset in (-50.0, 50.0):
+        other = pipo_model("qwen3")
+        other.set_gate(confidence_offset=offset)
+        other.save_pretrained(tmp_path)
+        llm.load_weights(tmp_path)
+        output = llm.generate(prompt(3, 4), judged)[0]
+        assert (output.num_committed > 0) == (offset > 0)
+
+
 # --- refusals -----------------------------------------------------------------------------------------
 
 
@@ -355,6 +400,12 @@ def test_a_replay_that_writes_something_else_is_refused(monkeypatch: pytest.Monk
         llm = LLM(model)
     plain = LLM(model, cuda_graphs=False)
     assert llm.generate(prompt(3, 4), FREE)[0].token_ids == plain.generate(prompt(3, 4), FREE)[0].token_ids
+
+
+def test_a_method_that_has_none_refuses_them(replaying: None) -> None:
+    """Fails where they are asked for and silently left out."""
+    with pytest.raises(ConfigError, match="'speculative' waits for the host"):
+        LLM(base_model("qwen3"), method="speculative", cuda_graphs=True)
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:

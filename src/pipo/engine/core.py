@@ -313,7 +313,8 @@ class Engine:
                 continue
             row = max(range(len(self.running)), key=lambda r: self.running[r].arrival_s)
             if self._long is not None and self._long.arrival_s >= self.running[row].arrival_s:
-                self.waiting.extendleft(reversed(self._drop_long()))
+                self.waiting.extendleft(reversed(self.reading))  # first, so that Ctrl-C amid both loses nobody
+                self._drop_long()
             else:
                 self.waiting.appendleft(self.running[row])
                 self._leave(row)

@@ -105,6 +105,10 @@ class StepGraphs:
         """Rows joined, or were stepped by others: what the device knows of them is old."""
         self._batches, self._current = None, False
 
+    def forget_weights(self) -> None:
+        """The model has changed: drop what was captured, which holds its gate's numbers and the places of its weights."""
+        self._graphs.clear()
+
     # --- a step
 
     def launch(self, sequences: Seq[Sequence], drafting: bool) -> Callable[[], HostPairs]:

@@ -136,6 +136,10 @@ class LLM:
             if isinstance(self.model, PipoForCausalLM)
             else BASELINES[method](self.model, draft_ids, capture)
         )
+        if cuda_graphs and runner.graphs is None:
+            raise ConfigError(
+                f"cuda_graphs=True (--cuda-graphs): a step of the method {method!r} waits for the host and can't be captured; leave it out"
+            )
         budget = cache_budget(runner, self.model.device, cache_budget_bytes)
         self.engine = Engine(
             runner,
@@ -223,8 +227,11 @@ class LLM:
         return [sequence.output() for sequence in samples]
 
     def forget(self) -> None:
-        """After a change of weights: drop all kept prefixes, and how replies were paired; take the draft vocabulary's rows over anew."""
+        """After a change of weights or gate: drop all kept prefixes, captured steps, and how replies were paired; take the draft
+        vocabulary's rows over anew."""
         with self._lock:
+            if self.engine.runner.graphs is not None:
+                self.engine.runner.graphs.forget_weights()
             if (vocab := self.engine.runner.sampling.draft_vocab) is not None:
                 vocab.refresh()
             if isinstance(self.engine.runner, PipoRunner) and self.engine.runner.prefixes is not None:

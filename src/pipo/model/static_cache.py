@@ -127,17 +127,22 @@ class StaticRowCache(RowCache):
     def _reserve(self, rows: int, length: int) -> None:
         rows, length = self.rounded(rows, length)
         have_rows, have_length = self.capacity
-        if length <= have_length < 2 * length:
+        if length <= have_length < 2 * length and self._is_free(rows, have_length):
             length = have_length
         if (rows, length) == (min(rows, have_rows), have_length):
             return
         if rows * length > self.num_entries:
-            more = 2 * self.num_entries
-            self.num_entries = max(rows * length, more if self.fits(rows, -(-more // rows)) else 0)
+            more = -(-2 * self.num_entries // rows)
+            self.num_entries = rows * max(length, more if self._is_free(rows, more) else 0)
             self.version += 1
         self.capacity = (rows, length)
         for layer in self.layers:
             layer.resize(rows, length)
+
+    def _is_free(self, rows: int, length: int) -> bool:
+        """Whether rows of this length take memory that is held already or may be had."""
+        # `fits` knows of no row beyond the limit, and would let one pass.
+        return rows * length <= self.num_entries or (length <= self.limits[1] and self.fits(rows, length))
 
     def clear(self) -> None:
         """Drop all rows and give their memory back."""
