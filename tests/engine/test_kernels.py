@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoConfig
 
 from families import PAD, VOCAB, base_model, pipo_model
-from pipo import LLM, RequestOutput, SamplingParams
+from pipo import LLM, BaseForCausalLM, RequestOutput, SamplingParams
 from pipo.engine.baselines import BaseRunner
 from pipo.errors import ConfigError, KernelError
 from pipo.kernels import cpu
@@ -79,6 +82,24 @@ def test_other_layers_stay_as_they_are(family: str, reason: str) -> None:
     assert decode(llm) == plain
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (OlmoConfig, "OlmoLayerNorm is no RMS norm"),
+        (partial(LlamaConfig, hidden_act="gelu"), "its MLP's activation is not SiLU"),
+    ],
+)
+def test_norms_and_activations_are_looked_at_by_themselves(config: Callable[..., Any], reason: str) -> None:
+    """Fails when a part that a layer's output barely shows, or that has no weight, is taken for the common one."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    made = config(**sizes, num_attention_heads=4, pad_token_id=PAD, bos_token_id=1, eos_token_id=2)
+    model = BaseForCausalLM(AutoModelForCausalLM.from_config(made).bfloat16(), mtp=False)
+    llm = LLM(model, method="regular", kernels="auto")
+    assert llm.fusion is not None
+    assert len(llm.fusion.stock) == 2
+    assert all(reason in why for why in llm.fusion.stock.values()), llm.fusion.stock
+
+
 @pytest.mark.parametrize("method", ["regular", "mtp", "speculative"])
 def test_the_baselines_decode_by_them_too(method: str, calls: list[int]) -> None:
     """Two new positions a row, where the method reads two."""
@@ -93,7 +114,10 @@ def test_bfloat16_logits_have_exact_sums() -> None:
     fuse(model)
     hidden = torch.randn(5, 64).bfloat16()
     exact = hidden.double() @ model.lm_head.weight.double().T
-    assert torch.allclose(model.sampling_logits(hidden).double(), exact, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        got = model.sampling_logits(hidden)
+    assert torch.allclose(got.double(), exact, rtol=1e-5, atol=1e-5)
+    assert model.sampling_logits(hidden).requires_grad  # a gradient is not lost
 
 
 def test_training_and_other_forwards_do_not_go_through_them(calls: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,6 +157,48 @@ def test_any_number_of_threads(threads: int) -> None:
         )
     finally:
         torch.set_num_threads(before)
+
+
+CREW = """
+import torch
+from pipo.kernels import cpu
+torch.manual_seed(0)
+torch.set_num_threads(3)
+shapes = {"q": (64, 72), "k": (32, 72), "v": (32, 72), "o": (72, 64), "gate": (96, 72), "up": (96, 72), "down": (72, 96)}
+weights = {name: torch.randn(shape) / 8 for name, shape in shapes.items()}
+layer = cpu.DecoderLayer(cpu.LayerWeights(**weights, norm1=torch.ones(72), norm2=torch.ones(72), head_dim=16))
+x, angle = torch.randn(5, 1, 72), torch.randn(5, 1, 16)
+out = layer(x, angle.cos(), angle.sin(), torch.arange(5)[:, None], torch.ones(5, 2, 9, 16), torch.ones(5, 2, 9, 16))
+print(float(out.double().square().sum()))
+"""
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """OpenMP may give fewer. Fails when the rows of a thread that is not there are left out."""
+    sums = []
+    for limit in ("8", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", CREW],
+            env={**os.environ, "OMP_THREAD_LIMIT": limit},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        sums.append(float(done.stdout))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    """Fails when working memory is of the default number format, and half as large as it must be."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        scratch = cpu._Scratch()
+        scratch.grow(4096)
+        assert scratch._buffer is not None
+        assert scratch._buffer.nbytes >= 4096
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

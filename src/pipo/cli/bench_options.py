@@ -85,7 +85,7 @@ SETTING_OPTIONS = (
         help="Draw drafts from the first N token ids: a second head of so many rows.",
         min=1,
         metavar="N",
-        show_default="all; of checkpoints their own file, where they have one",
+        show_default="all, also where a checkpoint has a file of its own",
     ),
     option(
         "kernels",

@@ -51,7 +51,8 @@ def load_library(*more_flags: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(
-            f"the compiled kernels {path} can't be loaded: {error}; delete the file to compile them again"
+            f"the compiled kernels {path} can't be loaded: {error}; delete the file to compile them again, or "
+            "choose kernels='torch'"
         ) from error
 
 
@@ -72,10 +73,15 @@ def find_compiler() -> str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     source = files("pipo.kernels") / "source" / SOURCE
     # Under another name first: two processes may compile at the same time, and one may be killed.
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    except OSError as error:
+        raise KernelError(
+            f"the compiled kernels can't be kept in {path.parent}: {error}; choose kernels='torch'"
+        ) from error
     os.close(handle)
     made = Path(name)
     try:
@@ -107,11 +113,11 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _cache_folder() -> Path:
-    home = Path.home() / ".cache" / "pipo" / "kernels"
     try:
+        home = Path.home() / ".cache" / "pipo" / "kernels"
         home.mkdir(parents=True, exist_ok=True)
         return home if os.access(home, os.W_OK) else _own_temporary_folder()
-    except OSError:
+    except (OSError, RuntimeError):  # a user without a home
         return _own_temporary_folder()
 
 

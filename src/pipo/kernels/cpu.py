@@ -193,7 +193,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out_dtype
     rows = x.reshape(-1, k).contiguous()
     library = load_library()
     out_dtype = out_dtype or x.dtype
-    out = torch.empty(len(rows), n, dtype=out_dtype)
+    out = torch.empty(len(rows), n, dtype=out_dtype, device="cpu")
     threads = torch.get_num_threads()
     name = (
         "pipo_linear_f32"
@@ -223,13 +223,13 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.pointer, self.floats = 0, 0
-        self._buffer = torch.empty(0)
+        self._buffer: Tensor | None = None
 
     def grow(self, num_bytes: int) -> None:
         """Make it at least so large."""
         if num_bytes > 4 * self.floats:
             self.floats = -(-num_bytes // 4) * 5 // 4
-            self._buffer = torch.empty(self.floats + 16)
+            self._buffer = torch.empty(self.floats + 16, dtype=torch.float32, device="cpu")  # whatever the defaults are
             self.pointer = -(-self._buffer.data_ptr() // 64) * 64
 
 

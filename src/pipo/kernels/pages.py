@@ -57,7 +57,7 @@ def gather(parameters: Iterable[nn.Parameter]) -> int:
             total += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
     if total < HUGE_BYTES:
         return 0
-    arena = torch.empty(total + HUGE_BYTES, dtype=torch.uint8)
+    arena = torch.empty(total + HUGE_BYTES, dtype=torch.uint8, device="cpu")
     if not advise(arena):
         return 0
     first = -arena.data_ptr() % HUGE_BYTES

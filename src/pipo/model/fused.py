@@ -40,7 +40,9 @@ class Fusion:
     def logits(self, head: nn.Linear, hidden_BH: Tensor) -> Tensor | None:
         """Logits `[B, V]` in float32 with exact sums, from bfloat16 weights; None where PyTorch should do it."""
         weight = head.weight
-        if not weight.dtype == hidden_BH.dtype == torch.bfloat16 or not weight.is_contiguous():
+        plain = is_plain(head) and weight.is_cpu and weight.is_contiguous()
+        trained = torch.is_grad_enabled() and (weight.requires_grad or hidden_BH.requires_grad)
+        if not plain or trained or not weight.dtype == hidden_BH.dtype == torch.bfloat16:
             return None
         parts = [linear(part, weight, head.bias, torch.float32) for part in torch.split(hidden_BH, FEW_ROWS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -107,7 +109,7 @@ def _few_rows(module: nn.Linear, stock: Callable[[Tensor], Tensor]) -> Callable[
 
     def forward(x: Tensor) -> Tensor:
         weight = module.weight
-        few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == weight.dtype == torch.bfloat16
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_cpu and x.dtype == weight.dtype == torch.bfloat16
         if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
             return stock(x)
         return linear(x, weight, module.bias)

@@ -10,8 +10,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pipo.kernels.cpu import LAYER_ROWS, DecoderLayer, LayerStack, LayerWeights
+from pipo.kernels.cpu import LAYER_ROWS, DecoderLayer, LayerStack, LayerWeights, rms_norm
 from pipo.model.cache import RowCache, layer_kinds
 from pipo.model.drafter import Drafter
 from pipo.model.row_state import prefill_cache
@@ -64,6 +65,12 @@ def _weights_of(layer: Any) -> LayerWeights | str:
     norms = {name: getattr(attention, name, None) for name in HEAD_NORMS}
     heads: dict[str, Any] = {name: None if norm is None else norm.weight for name, norm in norms.items()}
     first, second = layer.input_layernorm, layer.post_attention_layernorm
+    if others := [type(norm).__name__ for norm in (first, second, *norms.values()) if norm and not _is_rms_norm(norm)]:
+        return f"its {others[0]} is no RMS norm"
+    if not _is_silu(getattr(mlp, "act_fn", None)):
+        return "its MLP's activation is not SiLU"
+    if missing := [name for name in ("head_dim", "scaling") if not hasattr(attention, name)]:
+        return f"its attention does not say its {', '.join(missing)}"
     weights: dict[str, Any] = {n[0]: products[n].weight for n in ATTENTION_PARTS}
     weights |= {f"{n[0]}_bias": products[n].bias for n in ATTENTION_PARTS}
     weights |= {n.removesuffix("_proj"): products[n].weight for n in MLP_PARTS}
@@ -83,6 +90,25 @@ def _weights_of(layer: Any) -> LayerWeights | str:
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer with numbers as its weight: a quantised weight is of another type, and has nothing at its address."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
+def _is_rms_norm(norm: nn.Module) -> bool:
+    """Looked at by itself: how far another kind would put a whole layer off depends on the layer's input."""
+    if [name for name, _ in norm.named_parameters()] != ["weight"]:
+        return False
+    weight: Any = norm.weight
+    # Numbers whose mean is not 0, which other norms subtract.
+    x = 1 + torch.randn(2, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    return _alike(norm(x), rms_norm(x, weight, eps_of(norm)))
+
+
+def _is_silu(function: Any) -> bool:
+    x = torch.linspace(-8, 8, 65)
+    return callable(function) and _alike(function(x), F.silu(x))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return float((a.float() - b.float()).norm()) <= TOLERANCE[torch.bfloat16] * float(b.float().norm())
 
 
 def eps_of(norm: Any) -> float:
@@ -113,9 +139,11 @@ class FusedLayer:
         self._looked = False
 
     def entries(self, cache: RowCache) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of this layer, where they are there and of its dtype."""
+        """Keys and values of this layer, where they are there and both of its dtype."""
         held: Any = cache.layers[self._index]
-        return None if held.keys is None or held.keys.dtype != self.kernel.dtype else (held.keys, held.values)
+        if held.keys is None or not held.keys.dtype == held.values.dtype == self.kernel.dtype:
+            return None
+        return held.keys, held.values
 
     def __call__(
         self,

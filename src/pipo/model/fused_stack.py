@@ -78,6 +78,10 @@ def fused_stack(model: Drafter) -> FusedStack | None:
     )
     if not plain or len(seen) != len(decoder.layers) or list(dict(decoder.norm.named_parameters())) != ["weight"]:
         return None
+    weights = [layer.forward.kernel.weights for layer in decoder.layers]
+    # One call reads all as numbers of one type, and finds a row in each layer's cache at the same place.
+    if len({(w.q.dtype, w.k.shape, w.head_dim) for w in weights}) > 1 or decoder.norm.weight.dtype != dtype:
+        return None
     made, normed = FusedStack(model), rms_norm(seen[-1][2], decoder.norm.weight, eps_of(decoder.norm))
     off = float((normed.float() - last.float()).norm() / last.float().norm())
     return made if off <= TOLERANCE[dtype] else None

@@ -197,14 +197,15 @@ template <class T> void gated(const Layer& l, const Step& s, Team& team, const S
   }
 }
 
-template <class T> void run(const Step& s, long layer, Team& team, const Space<T>& w, long stretches, long me) {
+// `crew`: the threads that there are, which may be fewer than were asked for.
+template <class T> void run(const Step& s, long layer, Team& team, const Space<T>& w, long stretches, long me, long crew) {
   const Layer& l = *s.layers[layer];
   const long M = s.batch * s.new_positions, H = l.width, D = l.head_dim, wide = l.heads * D, narrow_ = l.kv_heads * D;
   float* own = w.own + me * w.own_floats;
   T* x = (T*)s.x;
   const auto norm = [&](const void* weight, double eps) {
     T* row = (T*)own;
-    for (long m = me; m < M; m += s.threads) {
+    for (long m = me; m < M; m += crew) {
       rms_norm(x + m * H, (const T*)weight, H, float(eps), row);
       w.normed.put(m, row);
     }
@@ -217,12 +218,12 @@ template <class T> void run(const Step& s, long layer, Team& team, const Space<T
   product(team.next[1], s.threads, (const T*)l.k, (const T*)l.k_bias, narrow_, w.normed, own, to(w.k, narrow_));
   product(team.next[2], s.threads, (const T*)l.v, (const T*)l.v_bias, narrow_, w.normed, own, to(w.v, narrow_));
   meet();
-  for (long m = me; m < M; m += s.threads) place(l, s, layer, w, m);
+  for (long m = me; m < M; m += crew) place(l, s, layer, w, m);
   meet();
   const long items = s.batch * l.kv_heads * stretches;
   for (long item; (item = team.next[3].fetch_add(1)) < items;) attend_item(l, s, layer, w, stretches, item, own);
   meet();
-  for (long m = me; m < M; m += s.threads) merge(l, s, w, stretches, m);
+  for (long m = me; m < M; m += crew) merge(l, s, w, stretches, m);
   meet();
   const auto add = [x, H](long n, long m, float value) { x[m * H + n] = narrow<T>(widen(x[m * H + n]) + stored<T>(value)); };
   product(team.next[5], s.threads, (const T*)l.o, (const T*)l.o_bias, H, w.mixed, own, add);
@@ -250,19 +251,19 @@ template <class T> long layers(const Step& s) {
 #pragma omp parallel num_threads(int(s.threads))
   {
 #ifdef _OPENMP
-    const long me = omp_get_thread_num();
+    const long me = omp_get_thread_num(), crew = omp_get_num_threads();
 #else
-    const long me = 0;
+    const long me = 0, crew = 1;
 #endif
     Space<T> w;
     for (long i = 0; i < s.num_layers; i++) {
       space<T>(*s.layers[i], s, longest, &w);
-      run<T>(s, i, teams[i], w, stretches, me);
+      run<T>(s, i, teams[i], w, stretches, me, crew);
       meet();
     }
     if (s.norm) {
       const long H = s.layers[0]->width;
-      for (long m = me; m < s.batch * s.new_positions; m += s.threads)
+      for (long m = me; m < s.batch * s.new_positions; m += crew)
         rms_norm((T*)s.x + m * H, (const T*)s.norm, H, float(s.eps), (T*)s.x + m * H);
     }
   }
