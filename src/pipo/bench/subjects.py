@@ -22,6 +22,7 @@ from pipo.engine.loading import check_method, kind_of, load_model
 from pipo.engine.request import SamplingParams
 from pipo.engine.sequence import Sequence as Sample
 from pipo.errors import ConfigError
+from pipo.kernels.pages import gather
 from pipo.model.base import BaseForCausalLM
 from pipo.model.config import PipoConfig
 from pipo.model.convert import as_dtype
@@ -164,6 +165,7 @@ def _random_models(setting: Setting) -> list[tuple[str, AnyModel]]:
     dtype = as_dtype(setting.dtype or "bfloat16")
     assert dtype is not None
     causal_lm = random_causal_lm(shape_config(setting.shape), dtype, torch.device(setting.device), setting.seed)
+    shared = set(map(id, causal_lm.parameters()))
     found: list[tuple[str, AnyModel]] = []
     for method in methods:
         mine = sharing_weights(causal_lm)
@@ -173,6 +175,9 @@ def _random_models(setting: Setting) -> list[tuple[str, AnyModel]]:
             if method == "pipo"
             else BaseForCausalLM(mine, mtp=method in DRAFTERS)
         )
+        gather(
+            weight for weight in made.parameters() if id(weight) not in shared
+        )  # as the engine does with a checkpoint's
         found.append((method, made.eval().requires_grad_(False)))
     return found
 
@@ -191,6 +196,7 @@ def _checkpoint_models(setting: Setting) -> list[tuple[str, AnyModel]]:
         check_method(folders[kind], method)
         if kind not in loaded:
             loaded[kind] = load_model(folders[kind], method, setting.device, setting.dtype, None)
+            gather(loaded[kind].parameters())
         found.append((method, sharing_weights(loaded[kind])))
     return found
 
