@@ -10,7 +10,11 @@ import typer
 from pipo.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("recipes/*"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *(path for path in sorted(ROOT.glob("recipes/*")) if path.is_file()),
+]
 START = re.compile(r"^[#\s]*(?:\[.*?\|\| )?(?:torchrun .*-m |accelerate launch .*-m |\$)?pipo (?=[a-z$])")
 
 
