@@ -76,6 +76,8 @@ class Row:
     """Decoding steps of a round."""
     middle: float | None = None
     """Tokens that a row held amid those steps, on average: where the floor is computed."""
+    bytes_per_s: float | None = None
+    """What a CPU's memory was read at right after each round, the median: the floor is of that. `None`: of the machine's measurement."""
     tpot_rounds_s: tuple[float, ...] = ()
     """Of each round, in order; round for round, methods ran one right after the other."""
     ttft_rounds_s: tuple[float, ...] = ()
@@ -107,6 +109,18 @@ class Row:
     def point(self) -> Point:
         """Where in the grid."""
         return Point(self.batch, self.context)
+
+
+def gain(row: Row, base: Row, *, first: bool = False) -> float | None:
+    """How many times faster than `base` a row is: the median of the rounds, in each of which both ran one right after the other.
+
+    Args:
+        first: of the times to the first token, instead of those per token.
+    """
+    slower_s, faster_s = ((one.ttft_rounds_s if first else one.tpot_rounds_s) for one in (base, row))
+    if not slower_s or len(slower_s) != len(faster_s):
+        return None
+    return median([slower / faster for slower, faster in zip(slower_s, faster_s, strict=True)])
 
 
 def spread(values: Sequence[float]) -> float:

@@ -12,14 +12,14 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
-from typing import Any
+from statistics import fmean, median
+from typing import Any, cast
 
 import torch
 
 from pipo.bench.cost import COST_METHODS, Machine, StepCost, decode_cost, prefill_cost
 from pipo.bench.grid import Point, Results, Row
-from pipo.bench.machine import measure_machine
+from pipo.bench.machine import ReadingRate, measure_machine
 from pipo.bench.peers import Peer, PeerSubject, open_peers
 from pipo.bench.sizes import ModelSizes, model_sizes
 from pipo.bench.subjects import DRAFTERS, METHODS, Setting, Subject, open_subjects, random_prompts
@@ -55,6 +55,8 @@ class Timing:
     tokens_per_step: float
     middle: float = 0.0
     """Tokens that a row held amid the timed steps, on average."""
+    bytes_per_s: float | None = None
+    """What the memory was read at right afterwards."""
 
 
 def bench_latency(
@@ -126,6 +128,7 @@ def _measure_point(
         if isinstance(subject, Subject):
             errors[subject.method] = subject.why_too_many(point.batch, point.context, num_steps) or ""
     rounds: dict[str, list[Timing]] = {subject.method: [] for subject in subjects}
+    rate = ReadingRate() if _on_cpu(subjects[0]) else None
     for turn in range(effort.num_rounds + 1):
         for subject in subjects:
             if not errors[subject.method]:
@@ -137,7 +140,8 @@ def _measure_point(
                 except PeerError as error:
                     errors[subject.method] = str(error)
                 else:
-                    rounds[subject.method] += [timing] if turn else []
+                    moment = None if rate is None else rate.measure()
+                    rounds[subject.method] += [replace(timing, bytes_per_s=moment)] if turn else []
             report()
     return [_row(subject, point, effort, rounds[subject.method], errors[subject.method]) for subject in subjects]
 
@@ -150,9 +154,12 @@ def _time(subject: Subject | PeerSubject, point: Point, num_steps: int) -> Timin
 
 
 def _warm(subject: Subject | PeerSubject, point: Point) -> Point:
+    return replace(point, context=min(point.context, WARM_CONTEXT)) if _on_cpu(subject) else point
+
+
+def _on_cpu(subject: Subject | PeerSubject) -> bool:
     device = subject.llm.model.device if isinstance(subject, Subject) else torch.device(subject.task.device)
-    on_cpu = device.type == "cpu"
-    return replace(point, context=min(point.context, WARM_CONTEXT)) if on_cpu else point
+    return device.type == "cpu"
 
 
 def time_batch(subject: Subject, point: Point, num_steps: int) -> Timing:
@@ -192,6 +199,7 @@ def _row(subject: Subject | PeerSubject, point: Point, effort: Effort, timings: 
     drafts = subject if isinstance(subject, Subject) else None
     if drafts is not None:
         _check_commit(drafts, commit, effort)
+    rates = [timing.bytes_per_s for timing in timings]
     return Row.from_rounds(
         subject.method,
         point,
@@ -201,6 +209,7 @@ def _row(subject: Subject | PeerSubject, point: Point, effort: Effort, timings: 
         draft_vocab=None if drafts is None else drafts.draft_vocab,
         num_steps=effort.num_steps,
         middle=fmean(timing.middle for timing in timings),
+        bytes_per_s=None if None in rates else median(cast(list[float], rates)),
     )
 
 
@@ -227,6 +236,8 @@ def with_floor(row: Row, sizes: ModelSizes, machine: Machine, bytes_per: float) 
     method = row.method if row.method in METHODS else "regular"
     if row.error is not None or method not in COST_METHODS:
         return row
+    if row.bytes_per_s is not None:
+        machine = replace(machine, bytes_per_s=row.bytes_per_s)
     regular, cost = (_costs(sizes, name, row, bytes_per) for name in ("regular", method))
     prefill_s, regular_prefill_s = machine.floor_s(cost[0]), machine.floor_s(regular[0])
     return replace(

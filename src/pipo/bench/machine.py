@@ -5,6 +5,7 @@ Both are the best of several ways, each at its median over repeats: a limit is w
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -25,6 +26,8 @@ BUFFER_BYTES = {"cpu": 2**30, "cuda": 2**32}
 MEMORY_SHARE = 0.25
 """Of the free memory, at most, for the buffer."""
 REPEATS = 5
+MOMENT_BYTES = 2**28
+MOMENT_REPEATS = 3
 # Rows, inner width, columns: a prompt through a narrow and a wide layer, and a square.
 MATRICES = {
     "cpu": ((512, 1024, 3072), (1024, 2048, 2048), (2048, 2048, 2048)),
@@ -52,12 +55,32 @@ def measure_machine(device: str | torch.device = "cpu", dtype: torch.dtype = tor
     return Machine(_name(device), bandwidth, rate, _memory_bytes(device))
 
 
+class ReadingRate:
+    """How fast memory is read at a moment, in some tens of milliseconds: a virtual machine's neighbours can halve it within seconds."""
+
+    def __init__(self) -> None:
+        self._words_N = _buffer(MOMENT_BYTES, torch.device("cpu"))
+
+    def measure(self) -> float:
+        """Bytes per second, the best of two ways and a few repeats."""
+        best_s = math.inf
+        for read in (self._words_N.sum, self._words_N.amax) * MOMENT_REPEATS:
+            start = time.perf_counter()
+            read()
+            best_s = min(best_s, time.perf_counter() - start)
+        return self._words_N.nbytes / best_s
+
+
+def _buffer(num_bytes: int, device: torch.device) -> Tensor:
+    words_N = torch.empty(num_bytes // 16384 * 4096, dtype=torch.float32, device=device)
+    advise(words_N)
+    return words_N.uniform_()  # equal pages of a virtual machine may be one page of its host
+
+
 def measure_reading(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Way of reading a large buffer → bytes per second."""
     num_bytes = int(min(BUFFER_BYTES[device.type], MEMORY_SHARE * _free_bytes(device)))
-    words_N = torch.empty(num_bytes // 16384 * 4096, dtype=torch.float32, device=device)
-    advise(words_N)
-    words_N.uniform_()  # equal pages of a virtual machine may be one page of its host
+    words_N = _buffer(num_bytes, device)
     rows_RC = words_N.view(dtype).view(-1, 4096)
     ones_C = torch.ones(4096, dtype=dtype, device=device)
     ways: dict[str, tuple[Callable[[], Tensor], int]] = {

@@ -91,13 +91,21 @@ def print_latency(results: Results[Row]) -> None:
     for row in results.rows:
         if row.error is not None:
             screen.print(f"{row.method}, batch {row.batch}, context {row.context}: {row.error}", markup=False)
+    rates = [row.bytes_per_s for row in results.rows if row.bytes_per_s is not None]
+    if rates:
+        screen.print(
+            f"\nFloors are of what the memory was read at right after each batch: {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s. "
+            "× regular is the median over the rounds."
+        )
     speeds = [describe_speed(one) for one in (results.machine, results.machine_after) if one is not None]
-    screen.print(f"\nMedians of {max(rounds, default=0)} rounds. The machine, before and after: {'; '.join(speeds)}")
+    screen.print(f"Medians of {max(rounds, default=0)} rounds. The machine, before and after: {'; '.join(speeds)}")
     if not results.complete:
         screen.print("The run was cut short: these are the points that were finished.")
 
 
 def _table(rows: tuple[Row, ...], *, decoding: bool) -> Table:
+    from pipo.bench.grid import gain
+
     names = ("TPOT", "tokens/s", "tokens/step") if decoding else ("TTFT",)
     table = Table(
         "batch", "context", "method", *names, "spread", "floor", "of the limit", "× regular", "ceiling", box=None
@@ -110,7 +118,7 @@ def _table(rows: tuple[Row, ...], *, decoding: bool) -> Table:
         regular = next((one for one in rows if one.point == row.point and one.method == "regular"), None)
         seconds = row.tpot_s if decoding else row.ttft_s
         floor, ceiling = (row.floor_s, row.ceiling) if decoding else (row.ttft_floor_s, row.ttft_ceiling)
-        base = None if regular is None else regular.tpot_s if decoding else regular.ttft_s
+        times = None if regular is None else gain(row, regular, first=not decoding)
         more = (f"{row.tokens_per_s:,.1f}", f"{1 + (row.commit or 0):.2f}") if decoding else ()
         table.add_row(
             f"{row.batch:,}",
@@ -121,7 +129,7 @@ def _table(rows: tuple[Row, ...], *, decoding: bool) -> Table:
             as_percent(row.spread if decoding else row.ttft_spread),
             as_seconds(floor),
             as_percent(None if floor is None or not seconds else floor / seconds),
-            as_times(None if base is None or not seconds else base / seconds),
+            as_times(times),
             as_times(ceiling),
         )
     return table
