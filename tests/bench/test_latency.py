@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from pipo.bench import latency
 from pipo.bench.cost import Machine
-from pipo.bench.grid import Point, Row, read_results
+from pipo.bench.grid import Point, Row, gain, read_results
 from pipo.bench.latency import Effort, bench_latency, best_of, time_batch
 from pipo.bench.steering import GivenShare
 from pipo.bench.subjects import Setting, Subject, open_subjects
@@ -71,8 +72,9 @@ def test_a_share_is_exact_and_rows_are_independent() -> None:
     assert calls.double().mean(1).sub(0.3).abs().max() < 0.1
 
 
-def test_rows_are_complete(tmp_path: Path) -> None:
-    """Breaks when a figure that is promised is missing, or a floor is not that of the machine at its better time."""
+def test_rows_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a figure that is promised is missing, or a floor is not of what the memory gave right after the batch."""
+    monkeypatch.setattr("pipo.bench.latency.ReadingRate", lambda weights: SimpleNamespace(measure=lambda: 3e9))
     seen = []
     points = [Point(1, 4), Point(2, 9)]
     results = bench_latency(
@@ -94,7 +96,17 @@ def test_rows_are_complete(tmp_path: Path) -> None:
     weights = sum(
         p.numel() for p in random_causal_lm(shape_config("tiny"), torch.float32, torch.device("cpu")).parameters()
     )
-    assert regular.floor_s == pytest.approx(4 * weights / 2e9, rel=0.1)
+    assert regular.floor_s == pytest.approx(4 * weights / 3e9, rel=0.1)
+    assert {row.bytes_per_s for row in results.rows} == {3e9}
+
+
+def test_gains_are_those_of_rounds() -> None:
+    """A machine that is slow for one round is slow for both: a ratio of medians would show its mood."""
+    slow, fast = (
+        Row.from_rounds("regular", Point(1, 4), [1.0] * 3, times) for times in ([1.0, 6.0, 1.2], [0.5, 3.0, 0.6])
+    )
+    assert gain(fast, slow) == 2.0
+    assert gain(fast, replace(slow, tpot_rounds_s=())) is None
 
 
 def test_a_gate_that_is_not_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Row:
     middle: float | None = None
     """Tokens that a row held amid those steps, on average: where the floor is computed."""
     bytes_per_s: float | None = None
-    """What a CPU's memory was read at right after each round, the median: the floor is of that. `None`: of the machine's measurement."""
+    """How fast a CPU read the weights right after each round, the median: the floor is of that. `None`: of the machine's measurement."""
     tpot_rounds_s: tuple[float, ...] = ()
     """Of each round, in order; round for round, methods ran one right after the other."""
     ttft_rounds_s: tuple[float, ...] = ()

@@ -128,7 +128,8 @@ def _measure_point(
         if isinstance(subject, Subject):
             errors[subject.method] = subject.why_too_many(point.batch, point.context, num_steps) or ""
     rounds: dict[str, list[Timing]] = {subject.method: [] for subject in subjects}
-    rate = ReadingRate() if _on_cpu(subjects[0]) else None
+    first = next((subject for subject in subjects if isinstance(subject, Subject)), None)
+    rate = ReadingRate(first.llm.model.parameters()) if first is not None and _on_cpu(first) else None
     for turn in range(effort.num_rounds + 1):
         for subject in subjects:
             if not errors[subject.method]:

@@ -50,8 +50,9 @@ def latency(
 
     All methods run in the engine, on the same weights, in turns: greedy, to the end, on random prompts. TTFT is from submission to the
     first token of the batch's last request; TPOT is the time of decoding steps per visible token of a request. Figures are medians;
-    the spread is (slowest − fastest) / median of the rounds. The floor is the time in which this machine, as measured before and after,
-    could read the bytes and do the operations of a step; the ceiling is what that allows against regular decoding.
+    the spread is (slowest − fastest) / median of the rounds. The floor is the time in which this machine could read the bytes and do the
+    operations of a step, as measured before and after, and on a CPU by reading the weights right after each batch; the ceiling is what
+    that allows against regular decoding.
     How engines of others are installed and timed: docs/benchmarking.md.
     """
     from pipo.bench.grid import check_writable, grid_points, write_results
@@ -94,7 +95,7 @@ def print_latency(results: Results[Row]) -> None:
     rates = [row.bytes_per_s for row in results.rows if row.bytes_per_s is not None]
     if rates:
         screen.print(
-            f"\nFloors are of what the memory was read at right after each batch: {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s. "
+            f"\nFloors are of how fast the weights could be read right after each batch: {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s. "
             "× regular is the median over the rounds."
         )
     speeds = [describe_speed(one) for one in (results.machine, results.machine_after) if one is not None]

@@ -121,6 +121,8 @@ class DecoderLayer:
         numbers = (weights.eps1, weights.head_eps, weights.eps2, weights.scale)
         self._layer = _Layer(*(places.get(name) for name in _POINTERS), *sizes, *numbers)
         self.address = ctypes.addressof(self._layer)
+        self.cache_shape = (len(weights.k) // weights.head_dim, weights.head_dim)
+        """Key heads, and features of each."""
 
     def moved(self) -> bool:
         """Whether some weight no longer lies where it lay."""
@@ -164,7 +166,7 @@ class LayerStack:
         Args:
             cos, sin: `[1 or B, T, R]`, of the first R features of a head.
             positions_BT: int64; position `p` sees the entries `0 … p` of its row.
-            keys, values: of each layer `[at least B, heads, S, D]`, of equal strides.
+            keys, values: of each layer `[at least B, heads, S, D]`, all of one shape and contiguous.
         """
         batch, new, _ = x_BTH.shape
         out_BTH, cos, sin = x_BTH.clone(memory_format=torch.contiguous_format), cos.contiguous(), sin.contiguous()

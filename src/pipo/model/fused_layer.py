@@ -176,7 +176,7 @@ class FusedLayer:
 def is_step(hidden_BTH: Tensor, cache: Any, dtype: torch.dtype) -> bool:
     """Whether this is a decoding step of few enough rows, and nothing is trained."""
     return (
-        isinstance(cache, RowCache)
+        type(cache) is RowCache  # not one whose entries lie otherwise
         and hidden_BTH.dtype == dtype
         and hidden_BTH.shape[0] * hidden_BTH.shape[1] <= LAYER_ROWS
         and not torch.is_grad_enabled()

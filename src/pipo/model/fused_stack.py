@@ -58,6 +58,8 @@ def fused_stack(model: Drafter) -> FusedStack | None:
     if not all(isinstance(layer.forward, FusedLayer) for layer in decoder.layers) or not hasattr(decoder, "rotary_emb"):
         return None
     width, dtype = model.backbone.hidden_size, decoder.layers[0].forward.kernel.dtype
+    if len({layer.forward.kernel.cache_shape for layer in decoder.layers}) > 1:
+        return None  # their caches lie differently
     x_1TH = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     seen: list[tuple[Tensor, Any, Tensor]] = []
 

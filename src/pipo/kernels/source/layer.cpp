@@ -46,6 +46,18 @@ struct Team {  // how far the work of a layer's phases has been taken
   }
 };
 
+// One thread of those that came: the system may give fewer than were asked for.
+struct Member {
+  long index, count;
+};
+inline Member member() {
+#ifdef _OPENMP
+  return {omp_get_thread_num(), omp_get_num_threads()};
+#else
+  return {0, 1};
+#endif
+}
+
 inline void meet() {
 #pragma omp barrier
 }
@@ -197,20 +209,19 @@ template <class T> void gated(const Layer& l, const Step& s, Team& team, const S
   }
 }
 
-// `crew`: the threads that there are, which may be fewer than were asked for.
-template <class T> void run(const Step& s, long layer, Team& team, const Space<T>& w, long stretches, long me, long crew) {
+template <class T> void run(const Step& s, long layer, Team& team, const Space<T>& w, long stretches, Member my) {
   const Layer& l = *s.layers[layer];
   const long M = s.batch * s.new_positions, H = l.width, D = l.head_dim, wide = l.heads * D, narrow_ = l.kv_heads * D;
-  float* own = w.own + me * w.own_floats;
+  float* own = w.own + my.index * w.own_floats;
   T* x = (T*)s.x;
   const auto norm = [&](const void* weight, double eps) {
     T* row = (T*)own;
-    for (long m = me; m < M; m += crew) {
+    for (long m = my.index; m < M; m += my.count) {
       rms_norm(x + m * H, (const T*)weight, H, float(eps), row);
       w.normed.put(m, row);
     }
   };
-  if (me == 0) w.mixed.clear_padding(), w.inner.clear_padding();
+  if (my.index == 0) w.mixed.clear_padding(), w.inner.clear_padding();
   norm(l.norm1, l.eps1);
   meet();
   const auto to = [](T* y, long ld) { return [y, ld](long n, long m, float value) { y[m * ld + n] = narrow<T>(value); }; };
@@ -218,12 +229,12 @@ template <class T> void run(const Step& s, long layer, Team& team, const Space<T
   product(team.next[1], s.threads, (const T*)l.k, (const T*)l.k_bias, narrow_, w.normed, own, to(w.k, narrow_));
   product(team.next[2], s.threads, (const T*)l.v, (const T*)l.v_bias, narrow_, w.normed, own, to(w.v, narrow_));
   meet();
-  for (long m = me; m < M; m += crew) place(l, s, layer, w, m);
+  for (long m = my.index; m < M; m += my.count) place(l, s, layer, w, m);
   meet();
   const long items = s.batch * l.kv_heads * stretches;
   for (long item; (item = team.next[3].fetch_add(1)) < items;) attend_item(l, s, layer, w, stretches, item, own);
   meet();
-  for (long m = me; m < M; m += crew) merge(l, s, w, stretches, m);
+  for (long m = my.index; m < M; m += my.count) merge(l, s, w, stretches, m);
   meet();
   const auto add = [x, H](long n, long m, float value) { x[m * H + n] = narrow<T>(widen(x[m * H + n]) + stored<T>(value)); };
   product(team.next[5], s.threads, (const T*)l.o, (const T*)l.o_bias, H, w.mixed, own, add);
@@ -250,20 +261,16 @@ template <class T> long layers(const Step& s) {
   std::unique_ptr<Team[]> teams(new Team[s.num_layers]);
 #pragma omp parallel num_threads(int(s.threads))
   {
-#ifdef _OPENMP
-    const long me = omp_get_thread_num(), crew = omp_get_num_threads();
-#else
-    const long me = 0, crew = 1;
-#endif
+    const Member my = member();
     Space<T> w;
     for (long i = 0; i < s.num_layers; i++) {
       space<T>(*s.layers[i], s, longest, &w);
-      run<T>(s, i, teams[i], w, stretches, me, crew);
+      run<T>(s, i, teams[i], w, stretches, my);
       meet();
     }
     if (s.norm) {
       const long H = s.layers[0]->width;
-      for (long m = me; m < s.batch * s.new_positions; m += crew)
+      for (long m = my.index; m < s.batch * s.new_positions; m += my.count)
         rms_norm((T*)s.x + m * H, (const T*)s.norm, H, float(s.eps), (T*)s.x + m * H);
     }
   }
@@ -279,11 +286,7 @@ void linear(const T* x, const T* w, const T* bias, Out* y, long M, long N, long 
   const long own = chunk_rows(N, K * sizeof(T), M, threads) * M;
 #pragma omp parallel num_threads(int(threads))
   {
-#ifdef _OPENMP
-    float* mine = scratch + omp_get_thread_num() * own;
-#else
-    float* mine = scratch;
-#endif
+    float* mine = scratch + member().index * own;
     product(next, threads, w, bias, N, packed, mine, [&](long n, long m, float value) { y[m * N + n] = narrow<Out>(value); });
   }
 }
