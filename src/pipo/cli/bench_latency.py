@@ -95,7 +95,8 @@ def print_latency(results: Results[Row]) -> None:
     rates = [row.bytes_per_s for row in results.rows if row.bytes_per_s is not None]
     if rates:
         screen.print(
-            f"\nFloors are of how fast the weights could be read right after each batch: {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s. "
+            f"\nFloors are of how fast the weights could be read right after each batch: {min(rates) / 1e9:.1f} to "
+            f"{max(rates) / 1e9:.1f} GB/s. "
             "× regular is the median over the rounds."
         )
     speeds = [describe_speed(one) for one in (results.machine, results.machine_after) if one is not None]
