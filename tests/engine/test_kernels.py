@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -156,6 +157,17 @@ def test_undone_it_is_the_model_that_it_was(calls: list[int]) -> None:
     assert decode(LLM(model)) == plain
     assert not calls
     assert "forward" not in model.model.layers[0].__dict__
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_it_is_not_copied_in_silence(family: str) -> None:
+    """Fails when a copy goes on computing with the weights of the model that it was copied from."""
+    model = pipo_model(family).bfloat16()
+    fusion = fuse(model)
+    with pytest.raises(KernelError, match="can't be copied"):
+        copy.deepcopy(model)
+    fusion.undo()
+    copy.deepcopy(model)
 
 
 def test_a_row_without_numbers_ends_alone() -> None:

@@ -182,6 +182,8 @@ class StepGraphs:
             expected = [run_and_undo() for _ in range(2)]
             try:
                 replay = self.capture(step, undo)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise self._refusal(f"can't be captured in a CUDA graph ({error})") from error
             rows.table.fill_(torch.nan)

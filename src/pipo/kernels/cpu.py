@@ -205,6 +205,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, out_dtype
         else "pipo_linear_bf16"
     )
     sizes = map(_int, (len(rows), n, k, x.element_size(), threads))
+    library.pipo_linear_bytes.restype = ctypes.c_int64
     _scratch.grow(library.pipo_linear_bytes(*sizes))
     getattr(library, name)(
         _pointer(rows), _pointer(weight_NK), _pointer(bias_N), _pointer(out), _int(len(rows)), _int(n), _int(k), _int(threads),

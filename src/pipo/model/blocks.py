@@ -81,7 +81,7 @@ def at_least_kth(values_BV: Tensor, k_B: Tensor, max_k: int) -> Largest | None:
     kth_B1 = near_BC.topk(max_k).values.gather(1, (k_B.clamp(max=max_k) - 1).unsqueeze(1))
     if (maxima_BN >= kth_B1).sum(-1).max() > max_k:
         return None
-    num = int((near_BC >= kth_B1).sum(-1).max())
+    num = max(1, int((near_BC >= kth_B1).sum(-1).max()))  # of rows that are not numbers, something
     columns_BK = near_BC.topk(num, sorted=False).indices.sort(-1).values
     ids_BK = chosen_BK.gather(1, columns_BK // WIDTH) * WIDTH + columns_BK % WIDTH
     return Largest(near_BC.gather(1, columns_BK), ids_BK)

@@ -22,7 +22,7 @@ from pipo.kernels.build import load_library
 from pipo.kernels.cpu import FEW_ROWS, linear
 from pipo.kernels.pages import gather
 from pipo.model.drafter import Drafter
-from pipo.model.fused_layer import fused_layer, is_plain
+from pipo.model.fused_layer import fused_layer, is_plain, refuse_copy
 from pipo.model.fused_stack import FusedStack, fused_stack
 
 
@@ -84,7 +84,7 @@ def fuse(model: Drafter, move_weights: bool = False) -> Fusion:
     fusion.stack = fused_stack(model)
     for module in list(cast(nn.Module, model).modules()):
         if is_plain(module) and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
-            _replace(module, _few_rows(module, module.forward), fusion)
+            _replace(module, _FewRows(module, module.forward), fusion)
             fusion.num_products += 1
     model.backbone.fusion = fusion
     fusion._undo.append(lambda: setattr(model.backbone, "fusion", None))
@@ -104,14 +104,18 @@ def _replace(module: nn.Module, forward: Callable[..., Any], fusion: Fusion) -> 
     fusion._undo.append(undo)
 
 
-def _few_rows(module: nn.Linear, stock: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A product that is ours for a few rows of bfloat16 while nothing is trained."""
+class _FewRows:
+    """The forward of a linear layer: our product for a few rows of bfloat16 while nothing is trained."""
 
-    def forward(x: Tensor) -> Tensor:
-        weight = module.weight
+    def __init__(self, module: nn.Linear, stock: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._stock = module, stock
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self._module.weight
         few = x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_cpu and x.dtype == weight.dtype == torch.bfloat16
         if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not weight.is_contiguous():
-            return stock(x)
-        return linear(x, weight, module.bias)
+            return self._stock(x)
+        return linear(x, weight, self._module.bias)
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> _FewRows:
+        raise refuse_copy()

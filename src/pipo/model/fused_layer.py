@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipo.errors import KernelError
 from pipo.kernels.cpu import LAYER_ROWS, DecoderLayer, LayerStack, LayerWeights, rms_norm
 from pipo.model.cache import RowCache, layer_kinds
 from pipo.model.drafter import Drafter
@@ -127,6 +128,9 @@ class FusedLayer:
         self._held = [(holder, name, found) for holder in _holders(layer) for name, found in holder.items()]
         self._looked = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLayer:
+        raise refuse_copy()
+
     def unchanged(self) -> bool:
         """Nobody has put another module or weight in, or moved one, since. Looked at after every prefill: the first step tells."""
         if not self._looked:
@@ -171,6 +175,13 @@ class FusedLayer:
             position_embeddings=position_embeddings,
             **kwargs,
         )
+
+
+def refuse_copy() -> KernelError:
+    """A copy of the model would go on computing with the weights of this one."""
+    return KernelError(
+        "a model that decodes by kernels of its own can't be copied: call model.backbone.fusion.undo() first, or choose kernels='torch'"
+    )
 
 
 def is_step(hidden_BTH: Tensor, cache: Any, dtype: torch.dtype) -> bool:
