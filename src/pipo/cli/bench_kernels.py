@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipo.cli.terminal import console, print_json, progress
+from pipo.cli.terminal import console, print_json, print_wide, progress
 from pipo.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ def kernels(
         sizes = f"{cost.outputs:,} × {cost.inputs:,}"
         table.add_row(cost.name, sizes, str(cost.rows), *rates, f"{cost.floor_s / cost.ours_s:.0%}")
     screen = console(stderr=False)
-    screen.print(table)
+    print_wide(table)
     screen.print(
         f"\nMedians of {rounds} rounds on {machine.name}: {machine.bytes_per_s / 1e9:.1f} GB/s, "
         f"{machine.flops_per_s / 1e12:.2f} TFLOP/s"

@@ -15,12 +15,11 @@ from pipo.cli.bench_options import (
     as_times,
     describe_speed,
     make_setting,
-    print_wide,
     split_names,
     split_numbers,
     takes_setting,
 )
-from pipo.cli.terminal import console, growing_progress
+from pipo.cli.terminal import console, growing_progress, print_wide
 
 if TYPE_CHECKING:
     from pipo.bench.grid import Results, Row

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from pipo.cli.bench_options import AsJson, AsReport, make_setting, print_wide, split_numbers, takes_setting
-from pipo.cli.terminal import console, growing_progress
+from pipo.cli.bench_options import AsJson, AsReport, make_setting, split_numbers, takes_setting
+from pipo.cli.terminal import console, growing_progress, print_wide
 
 if TYPE_CHECKING:
     from pipo.bench.grid import Results

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from pipo.cli.options import Command, Device, Dtype, Kernels, option, takes
-from pipo.cli.terminal import console
 from pipo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
 
 PANEL = "What runs"
 DEFAULT_SHAPE = "tiny-wide"
-WIDE = 132
-"""Characters that a table of a benchmark may take."""
 
 SETTING_OPTIONS = (
     option(
@@ -197,10 +193,3 @@ def as_seconds(seconds: float | None) -> str:
 def as_percent(share: float | None) -> str:
     """A share for a table."""
     return "" if share is None else f"{100 * share:.0f}%"
-
-
-def print_wide(table: Table) -> None:
-    """A table on stdout whose columns stay whole, also where the terminal is narrow, or there is none."""
-    screen = console(stderr=False)
-    screen.width = max(screen.width, WIDE)
-    screen.print(table)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipo.cli.terminal import console, print_json, progress
+from pipo.cli.terminal import print_json, print_wide, progress
 from pipo.errors import ConfigError
 
 
@@ -55,7 +55,7 @@ def sampling(
     for cost in costs:
         figures = (f"{1e3 * cost.median_s:.2f}", f"{1e3 * min(cost.seconds):.2f}")
         table.add_row(cost.request, f"{cost.vocab_size:,}", str(cost.batch), *figures)
-    console(stderr=False).print(table)
+    print_wide(table)
 
 
 def _numbers(option: str, text: str) -> list[int]:

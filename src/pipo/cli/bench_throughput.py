@@ -12,11 +12,10 @@ from pipo.cli.bench_options import (
     AsReport,
     as_seconds,
     make_setting,
-    print_wide,
     split_numbers,
     takes_setting,
 )
-from pipo.cli.terminal import console, growing_progress
+from pipo.cli.terminal import console, growing_progress, print_wide
 from pipo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from pipo.cli.terminal import console
+from pipo.cli.terminal import console, print_wide
 
 if TYPE_CHECKING:
     from pipo.bench.against import Comparison, Figure
@@ -32,7 +32,7 @@ def print_predictions(
         f"commit {load.commit:g}, acceptance {load.acceptance:g}{drafts}"
     )
     screen.print(f"{_assumptions(deployment.efficiency)}\n")
-    screen.print(_table(load, limits, predictions))
+    print_wide(_table(load, limits, predictions))
     for one in predictions:
         if one.reason is not None:
             screen.print(f"{one.method}: {one.reason}", markup=False)
@@ -72,7 +72,7 @@ def print_comparison(
         table.add_row(
             row.method, str(row.batch), f"{row.context:,}", vocab, *_figure(row.ttft), *_figure(row.tpot), *ratio
         )
-    screen.print(table)
+    print_wide(table)
     names = {"ttft": "of TTFT", "tpot": "of TPOT", "against_regular": "of TPOT against regular"}
     known = [f"{names[name]} {error:.1%}" for name, error in errors.items() if error is not None]
     screen.print(f"\nMedian error, whatever its sign: {', '.join(known)}")

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
     from pipo.data.records import BadRow
 
 NAMED_ROWS = 20
 """Bad rows that a command names one by one; `--json` holds them all."""
+
+
+WIDE = 132
+"""Characters that a table of a benchmark may take."""
 
 
 def console(stderr: bool = True, wrap: bool = False) -> Console:
@@ -84,3 +89,10 @@ def working(message: str) -> Iterator[None]:
     """Show `message` with a spinner on stderr while the body runs; on a stderr that is no terminal, show nothing."""
     with console().status(message):
         yield
+
+
+def print_wide(table: Table) -> None:
+    """A table on stdout whose columns stay whole, also where the terminal is narrow, or there is none."""
+    screen = console(stderr=False)
+    screen.width = max(screen.width, WIDE)
+    screen.print(table)
