@@ -32,7 +32,7 @@ def test_the_python_example(monkeypatch, capsys):
 def test_the_commands_are_found():
     assert {command.split()[1] for command in COMMANDS} == {
         *("generate", "chat", "info", "init", "export", "serve"),
-        *("data", "sft", "merge", "opd", "gate", "eval", "tune-threshold", "report"),
+        *("data", "sft", "merge", "opd", "gate", "eval", "tune-threshold", "report", "bench", "plan"),
     }
 
 
