@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipo.evaluation.results import Bin
 from pipo.pages.charts import Bar, Frame, Point, Series, bar_chart, point_chart, reliability_chart, ticks
+from pipo.pages.curves import Curve, Spot, curve_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -68,3 +69,11 @@ def test_bars_stand_on_the_axis() -> None:
     chart = bar_chart([("s1", [Bar(0, 1, 40.0, "forty"), Bar(1, 2, 0.0, "none")])], (0, 2), "x", "y", "Bars")
     [bar] = ElementTree.fromstring(chart).findall(f".//{SVG}rect")
     assert float(bar.get("y", "")) + float(bar.get("height", "")) == 324
+
+
+def test_large_ticks_leave_room_for_the_label() -> None:
+    """Fails when five digits run into the axis's label."""
+    spots = [Spot(1, 20_000, 20_000, 20_000), Spot(2, 80_000, 80_000, 80_000)]
+    drawn = curve_chart([Curve("pipo", "s1", spots)], "batch", "tokens/s", "title")
+    assert ">80k<" in drawn
+    assert "80000" not in drawn

@@ -18,6 +18,11 @@ Shape = Literal["circle", "square", "triangle", "diamond"]
 Range = tuple[float, float]
 
 
+def _short(value: float) -> str:
+    """A tick's number, in the room that there is beside the axis."""
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """A point with its 95% interval in y, and the words that show when the mouse rests on it."""
@@ -85,7 +90,7 @@ class Frame:
         for value in ticks(*self.y_range):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+            parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
         middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
         parts.append(
             f'<text class="axis" x="{middle_x}" y="{HEIGHT - 8}" text-anchor="middle">{escape(self.x_label)}</text>'
