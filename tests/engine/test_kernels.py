@@ -142,9 +142,9 @@ def test_weights_may_change_in_place_or_be_replaced(calls: list[int]) -> None:
     model.load_state_dict(other.state_dict())
     assert decode(llm) == decode(LLM(other))
     calls.clear()
-    layer = model.model.layers[1]
-    layer.self_attn.q_proj.weight = torch.nn.Parameter(layer.self_attn.q_proj.weight * 1.5)
-    other.model.layers[1].self_attn.q_proj.weight.data *= 1.5
+    layer = model.model.layers[1]  # its values: a factor of queries would vanish in their norm
+    layer.self_attn.v_proj.weight = torch.nn.Parameter(layer.self_attn.v_proj.weight * -1.5)
+    other.model.layers[1].self_attn.v_proj.weight.data *= -1.5
     assert decode(llm) == decode(LLM(other))
 
 
